@@ -1,0 +1,349 @@
+"""Every setting of a run, as frozen dataclasses; the only reader of ConfigDict.
+
+A config file builds an `ml_collections.ConfigDict` from the defaults below (`to_config_dict`), so that a misspelt
+field fails where it is written. `from_config_dict` turns it back into typed, hashable, immutable values, which is what
+the rest of the code sees. Checks that need one dataclass only stand in its `__post_init__`; checks across them stand
+with the code that needs them and raise `ConfigError` too, before anything is compiled.
+"""
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from typing import Any, Literal
+
+import ml_collections
+
+
+class ConfigError(ValueError):
+  """A setting that cannot work. The message is one line, fit to be shown to the user as it is."""
+
+
+def require(condition: bool, message: str) -> None:
+  """Raises `ConfigError(message)` unless the condition holds."""
+  if not condition:
+    raise ConfigError(message)
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+  """How rotary frequencies are stretched for contexts longer than those of pre-training.
+
+  `linear` divides every frequency by `factor`; `llama3` leaves the high frequencies alone and blends between
+  (Llama 3.1's `rope_scaling` entry, whose names the fields carry).
+  """
+
+  kind: Literal["none", "linear", "llama3"] = "none"
+  factor: float = 1.0
+  low_freq_factor: float = 1.0
+  high_freq_factor: float = 4.0
+  original_max_len: int = 8192
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """The backbone: a decoder-only transformer of the Llama family.
+
+  Attributes:
+    vocab_size: rows of the embedding table; at least the tokenizer's vocabulary.
+    num_layers, d_model, d_ff: depth, residual width and feed-forward width.
+    num_heads, num_kv_heads: query heads and key/value heads (grouped-query attention).
+    head_dim: size of one head; 0 means d_model / num_heads.
+    ff_groups: the feed-forward axis is stored as [ff_groups, d_ff / ff_groups] and only the groups are sharded, so
+      that a narrower sub-model (a prefix of every group) moves no data between devices.
+    rope_theta, rope_scaling: rotary position embedding.
+    norm_eps: added to the mean square in RMSNorm.
+    tied_embeddings: the head reads the embedding table.
+    qk_norm: RMSNorm on each query and key head (Qwen3). qkv_bias: bias on the three projections (Qwen2).
+    dtype, param_dtype: of the computation, and of the stored parameters.
+    remat: what the backward pass recomputes: nothing, whole layers, or all but matrix products.
+    attention: implementation handed to `jax.nn.dot_product_attention`.
+    init_std: standard deviation of every matrix at initialisation; residual outputs are divided by sqrt(2 * num_layers).
+  """
+
+  vocab_size: int = 320
+  num_layers: int = 6
+  d_model: int = 128
+  d_ff: int = 384
+  num_heads: int = 4
+  num_kv_heads: int = 2
+  head_dim: int = 0
+  ff_groups: int = 1
+  rope_theta: float = 10000.0
+  rope_scaling: RopeScaling = RopeScaling()
+  norm_eps: float = 1e-5
+  tied_embeddings: bool = True
+  qk_norm: bool = False
+  qkv_bias: bool = False
+  dtype: Literal["float32", "bfloat16"] = "float32"
+  param_dtype: Literal["float32", "bfloat16"] = "float32"
+  remat: Literal["none", "full", "dots"] = "none"
+  attention: Literal["xla", "cudnn"] = "xla"
+  init_std: float = 0.02
+
+  def __post_init__(self):
+    for field in ("vocab_size", "num_layers", "d_model", "d_ff", "num_heads", "num_kv_heads", "ff_groups"):
+      require(getattr(self, field) > 0, f"model.{field} must be positive, got {getattr(self, field)}")
+    require(
+      self.head_dim > 0 or self.d_model % self.num_heads == 0,
+      f"model.d_model={self.d_model} is not divisible by model.num_heads={self.num_heads}; set model.head_dim",
+    )
+    require(self.head_size % 2 == 0, f"size of a head, {self.head_size}, must be even: rotary embedding turns pairs")
+    require(
+      self.num_heads % self.num_kv_heads == 0,
+      f"model.num_heads={self.num_heads} is not divisible by model.num_kv_heads={self.num_kv_heads}",
+    )
+    require(
+      self.d_ff % self.ff_groups == 0,
+      f"model.d_ff={self.d_ff} is not divisible by model.ff_groups={self.ff_groups}",
+    )
+
+  @property
+  def head_size(self) -> int:
+    """Size of one head (`h` in einsums): `head_dim`, or what d_model leaves for it."""
+    return self.head_dim or self.d_model // self.num_heads
+
+  @property
+  def q_per_kv(self) -> int:
+    """Query heads that share one key/value head (`g` in einsums)."""
+    return self.num_heads // self.num_kv_heads
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+  """Where text comes from and how it becomes rows of tokens.
+
+  Attributes:
+    source: `stdlib` is the source code of the running interpreter's standard library; `files` reads `path`; `tfds`
+      reads a prepared TensorFlow Datasets set through `tfds.data_source` (no TensorFlow).
+    path: for `files`: a folder (every file below it) or a glob such as `corpus/**/*.txt`.
+    tfds_name, tfds_data_dir, tfds_text_key: data set, where it lies (empty: TFDS's default), the feature with the text.
+    tfds_train_split, tfds_validation_split: TFDS's words for the two splits.
+    tokenizer: `bytes`, or the path of a Hugging Face `tokenizer.json`.
+    seq_len: tokens in a row.
+    batch_size: rows in a step, over all hosts and devices.
+    validation_fraction: of `stdlib` and `files`: a file belongs to validation by the hash of its relative path.
+    undecodable: what to do with a file that is not UTF-8.
+  """
+
+  source: Literal["stdlib", "files", "tfds"] = "stdlib"
+  path: str = ""
+  tfds_name: str = ""
+  tfds_data_dir: str = ""
+  tfds_text_key: str = "text"
+  tfds_train_split: str = "train"
+  tfds_validation_split: str = "validation"
+  tokenizer: str = "bytes"
+  seq_len: int = 256
+  batch_size: int = 16
+  validation_fraction: float = 0.05
+  undecodable: Literal["error", "skip"] = "error"
+
+  def __post_init__(self):
+    require(self.seq_len > 1, f"data.seq_len must be at least 2, got {self.seq_len}")
+    require(self.batch_size > 0, f"data.batch_size must be positive, got {self.batch_size}")
+    require(
+      0.0 < self.validation_fraction < 1.0,
+      f"data.validation_fraction must lie between 0 and 1, got {self.validation_fraction}",
+    )
+    require(self.source != "files" or bool(self.path), "data.source='files' needs data.path")
+    require(self.source != "tfds" or bool(self.tfds_name), "data.source='tfds' needs data.tfds_name")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+  """AdamW or Muon, and the learning rate over the run.
+
+  Attributes:
+    name: `adamw`, or `muon` (matrices inside the layers by Muon, everything else by AdamW).
+    learning_rate: the peak. Muon's own peak is `muon_learning_rate`.
+    schedule: `wsd` is warm-up, stable, linear decay; `cosine` is warm-up, then a cosine.
+    warmup_steps: linear rise from zero. decay_fraction: share of the run spent in `wsd`'s decay.
+    final_fraction: learning rate at the end, as a share of the peak.
+    weight_decay: decoupled; on matrices only (never on norms, biases and, being a look-up, the embedding table).
+    clip_norm: global gradient norm is clipped to this; 0 turns it off.
+    b1, b2, eps: Adam's. b1 is Muon's momentum too.
+  """
+
+  name: Literal["adamw", "muon"] = "adamw"
+  learning_rate: float = 3e-3
+  muon_learning_rate: float = 2e-2
+  schedule: Literal["wsd", "cosine"] = "wsd"
+  warmup_steps: int = 50
+  decay_fraction: float = 0.3
+  final_fraction: float = 0.05
+  weight_decay: float = 0.1
+  clip_norm: float = 1.0
+  b1: float = 0.9
+  b2: float = 0.95
+  eps: float = 1e-8
+
+  def __post_init__(self):
+    require(self.learning_rate > 0, f"training.optimizer.learning_rate must be positive, got {self.learning_rate}")
+    require(self.warmup_steps >= 0, f"training.optimizer.warmup_steps must not be negative, got {self.warmup_steps}")
+    for field in ("decay_fraction", "final_fraction"):
+      require(0 <= getattr(self, field) <= 1, f"training.optimizer.{field} must lie in [0, 1]")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingConfig:
+  """The loop.
+
+  Attributes:
+    steps: optimizer updates in the whole run.
+    grad_accum: micro-batches whose gradients are averaged in one update; divides data.batch_size.
+    inactive_update: what an update does to parameters that no sub-model of the step used: `keep` lets momentum and
+      weight decay move them (as in the papers' code), `freeze` leaves them and their optimizer state untouched.
+    eval_every, checkpoint_every, log_every: in steps; 0 means only at the end.
+    keep_checkpoints: newest N are kept.
+    tensorboard, wandb: further metric writers beside `metrics.jsonl`; wandb takes the project's name.
+  """
+
+  steps: int = 300
+  grad_accum: int = 1
+  inactive_update: Literal["keep", "freeze"] = "keep"
+  optimizer: OptimizerConfig = OptimizerConfig()
+  eval_every: int = 0
+  checkpoint_every: int = 0
+  log_every: int = 10
+  keep_checkpoints: int = 2
+  tensorboard: bool = False
+  wandb: str = ""
+
+  def __post_init__(self):
+    for field in ("steps", "grad_accum", "log_every", "keep_checkpoints"):
+      require(getattr(self, field) > 0, f"training.{field} must be positive, got {getattr(self, field)}")
+    for field in ("eval_every", "checkpoint_every"):
+      require(getattr(self, field) >= 0, f"training.{field} must not be negative, got {getattr(self, field)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+  """What `eval.py` measures.
+
+  Attributes:
+    rows: held-out rows, the same for every sub-model (and for every run on the same data).
+    batch_size: rows evaluated at a time.
+    latency: whether to time extracted sub-models. latency_repeats: timed calls of each, after 10 of warm-up.
+    prefill_tokens: prompt length of the latency measurement, at batch size 1.
+  """
+
+  rows: int = 256
+  batch_size: int = 32
+  latency: bool = True
+  latency_repeats: int = 50
+  prefill_tokens: int = 128
+
+  def __post_init__(self):
+    for field in ("rows", "batch_size", "latency_repeats", "prefill_tokens"):
+      require(getattr(self, field) > 0, f"evaluation.{field} must be positive, got {getattr(self, field)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+  """Devices along each mesh axis. -1, in one place at most, takes what the others leave."""
+
+  data: int = -1
+  fsdp: int = 1
+  tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+  """One run: what a config file describes and a workdir holds.
+
+  `method` is the `Config` of one method (see `adaptive.methods`); in a ConfigDict it has the extra field `name`.
+  """
+
+  method: Any
+  seed: int = 0
+  model: ModelConfig = ModelConfig()
+  data: DataConfig = DataConfig()
+  training: TrainingConfig = TrainingConfig()
+  evaluation: EvaluationConfig = EvaluationConfig()
+  mesh: MeshConfig = MeshConfig()
+
+
+# Fields that may differ between a workdir's saved config and the command that resumes it: none changes what is learned.
+_FREE_ON_RESUME = (
+  "evaluation", "mesh", "training.eval_every", "training.checkpoint_every", "training.log_every",
+  "training.keep_checkpoints", "training.tensorboard", "training.wandb",
+)  # fmt: skip
+
+
+def to_config_dict(experiment: Experiment, method_name: str) -> ml_collections.ConfigDict:
+  """The experiment as a locked ConfigDict, for config files and flags to edit."""
+  fields = dataclasses.asdict(experiment)
+  fields["method"] = {"name": method_name, **fields["method"]}
+  return ml_collections.ConfigDict(fields).lock()
+
+
+def from_config_dict(config: typing.Mapping[str, Any], method_config: type) -> Experiment:
+  """Typed experiment from a ConfigDict (or plain nested dict).
+
+  Args:
+    config: as `to_config_dict` returns it; missing fields take their defaults.
+    method_config: the `Config` dataclass of the method that `config["method"]["name"]` names.
+
+  Raises:
+    ConfigError: unknown field (the nearest known one is named), or a value of the wrong type or range.
+  """
+  config = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else dict(config)
+  method = {k: v for k, v in config.get("method", {}).items() if k != "name"}
+  return _build(Experiment, {**config, "method": _build(method_config, method, "method.")}, "")
+
+
+def _build(cls: type, values: typing.Mapping[str, Any], prefix: str) -> Any:
+  hints = typing.get_type_hints(cls)
+  known = [f.name for f in dataclasses.fields(cls)]
+  for name in values:
+    if name not in known:
+      near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+      raise ConfigError(f"unknown config field {prefix}{name}; did you mean {prefix}{near[0] if near else '?'}?")
+  return cls(**{name: _convert(hints[name], value, prefix + name) for name, value in values.items()})
+
+
+def _convert(hint: Any, value: Any, name: str) -> Any:
+  """Checks a leaf against its annotation; lists become tuples so that the result is hashable."""
+  origin = typing.get_origin(hint)
+  if dataclasses.is_dataclass(hint):
+    return value if isinstance(value, hint) else _build(hint, value, name + ".")
+  if hint is Any:
+    return value
+  if origin is Literal:
+    options = typing.get_args(hint)
+    require(value in options, f"{name}={value!r} is not one of {', '.join(map(repr, options))}")
+    return value
+  if origin is tuple:
+    require(isinstance(value, (list, tuple)), f"{name}={value!r} must be a tuple")
+    return tuple(_convert(typing.get_args(hint)[0], item, name) for item in value)
+  if origin in (typing.Union, types.UnionType):
+    options = typing.get_args(hint)
+    return None if value is None else _convert(next(o for o in options if o is not type(None)), value, name)
+  if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    return float(value)
+  require(
+    isinstance(value, hint) and not (hint is int and isinstance(value, bool)),
+    f"{name}={value!r} must be of type {hint.__name__}",
+  )
+  return value
+
+
+def to_json(experiment: Experiment, method_name: str) -> str:
+  """The experiment as JSON text; `from_config_dict(json.loads(text), ...)` gives it back."""
+  return json.dumps(to_config_dict(experiment, method_name).to_dict(), indent=2) + "\n"
+
+
+def differences(saved: typing.Mapping[str, Any], wanted: typing.Mapping[str, Any], prefix: str = "") -> list[str]:
+  """Fields of two nested dicts that differ and matter on resume, as `field: saved -> wanted` texts."""
+  found = []
+  for key in sorted(set(saved) | set(wanted)):
+    name, old, new = prefix + key, saved.get(key), wanted.get(key)
+    if name in _FREE_ON_RESUME:
+      continue
+    if isinstance(old, dict) and isinstance(new, dict):
+      found += differences(old, new, name + ".")
+    elif json.dumps(old) != json.dumps(new):
+      found.append(f"{name}: {old!r} -> {new!r}")
+  return found
