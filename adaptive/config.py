@@ -193,8 +193,6 @@ class TrainingConfig:
   Attributes:
     steps: optimizer updates in the whole run.
     grad_accum: micro-batches whose gradients are averaged in one update; divides data.batch_size.
-    inactive_update: what an update does to parameters that no sub-model of the step used: `keep` lets momentum and
-      weight decay move them (as in the papers' code), `freeze` leaves them and their optimizer state untouched.
     eval_every, checkpoint_every, log_every: in steps; 0 means only at the end.
     keep_checkpoints: newest N are kept.
     tensorboard, wandb: further metric writers beside `metrics.jsonl`; wandb takes the project's name.
@@ -202,7 +200,6 @@ class TrainingConfig:
 
   steps: int = 300
   grad_accum: int = 1
-  inactive_update: Literal["keep", "freeze"] = "keep"
   optimizer: OptimizerConfig = OptimizerConfig()
   eval_every: int = 0
   checkpoint_every: int = 0

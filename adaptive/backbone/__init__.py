@@ -1,0 +1,1 @@
+"""The plain model: a decoder-only transformer with nothing adaptive in it. Read layers, attention, transformer."""

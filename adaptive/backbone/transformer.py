@@ -1,0 +1,103 @@
+"""The decoder-only transformer: embed, scanned pre-norm blocks, final norm, head.
+
+A batch is a dict of int32 [b, t] arrays: `inputs`, `segment_ids` (0 is padding) and `positions`, as
+`adaptive.data.packing` makes them. `Block` also runs alone on one layer's parameters, with any (smaller) config that
+fits them: that is how `adaptive.executors` runs sub-models, so this file needs to know nothing of them.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from adaptive.backbone.attention import Attention, Context, LayerCache, cache_mask, rope_table, segment_mask
+from adaptive.backbone.layers import Embedding, FeedForward, RMSNorm
+from adaptive.config import ModelConfig
+from adaptive.sharding import constrain
+
+Batch = dict[str, jax.Array]
+Params = Any
+
+REMAT_POLICIES = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+
+
+class Block(nn.Module):
+  """One pre-norm layer: x + attention(norm(x)), then x + feed_forward(norm(x))."""
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, x: jax.Array, context: Context, cache: LayerCache | None = None):
+    """[b, t, d] -> ([b, t, d], cache)."""
+    attended, cache = Attention(self.config, name="attention")(
+      RMSNorm(self.config, name="attention_norm")(x), context, cache
+    )
+    x = constrain(x + attended, "batch", "length", None)
+    x = x + FeedForward(self.config, name="mlp")(RMSNorm(self.config, name="mlp_norm")(x))
+    return constrain(x, "batch", "length", None), cache
+
+
+class Transformer(nn.Module):
+  """tokens -> logits. Parameters: `embedding`, `layers` (every leaf stacked on axis 0), `final_norm`."""
+
+  config: ModelConfig
+
+  def setup(self):
+    c = self.config
+    block = Block if c.remat == "none" else nn.remat(Block, prevent_cse=False, policy=REMAT_POLICIES[c.remat])
+    self.embedding = Embedding(c)
+    self.layers = nn.scan(
+      block,
+      variable_axes={"params": 0},
+      split_rngs={"params": True},
+      in_axes=(nn.broadcast, 0),
+      length=c.num_layers,
+      metadata_params={nn.PARTITION_NAME: "layers"},
+    )(c)
+    self.final_norm = RMSNorm(c)
+
+  def __call__(self, batch: Batch) -> jax.Array:
+    """Float32 logits [b, t, v] of the token after each position; packed documents do not see each other."""
+    x, context = self.embed(batch)
+    x, _ = self.layers(x, context, None)
+    return self.head(x)
+
+  def embed(self, batch: Batch) -> tuple[jax.Array, Context]:
+    """Embedded tokens [b, t, d] and the context that every layer needs."""
+    sin, cos = rope_table(self.config, batch["positions"])
+    x = constrain(self.embedding.encode(batch["inputs"]), "batch", "length", None)
+    return x, Context(sin, cos, segment_mask(batch["segment_ids"]))
+
+  def head(self, x: jax.Array) -> jax.Array:
+    """Final norm and output head: residual stream [b, t, d] -> float32 logits [b, t, v]."""
+    return constrain(self.embedding.decode(self.final_norm(x)), "batch", "length", "vocab")
+
+  def step(self, tokens: jax.Array, cache: LayerCache, index: jax.Array) -> tuple[jax.Array, LayerCache]:
+    """Cached forward of one document per row: tokens [b, t] follow the `index` tokens that the cache holds.
+
+    Returns:
+      Logits of the last token, float32 [b, v], and the cache with t more tokens.
+    """
+    length = tokens.shape[1]
+    positions = jnp.broadcast_to(index + jnp.arange(length), tokens.shape)
+    context = Context(*rope_table(self.config, positions), cache_mask(index, length, cache.key.shape[2]), index)
+    x, cache = self.layers(self.embedding.encode(tokens), context, cache)
+    return self.head(x[:, -1:])[:, 0], cache
+
+
+def empty_cache(config: ModelConfig, batch_size: int, slots: int) -> LayerCache:
+  """Stacked key/value cache of zeros, each [l, b, slots, k, h]."""
+  shape = (config.num_layers, batch_size, slots, config.num_kv_heads, config.head_size)
+  return LayerCache(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
+
+
+def dummy_batch(batch_size: int = 1, length: int = 2) -> Batch:
+  """A batch of zeros to initialise a model with."""
+  zeros = jnp.zeros((batch_size, length), jnp.int32)
+  return {"inputs": zeros, "segment_ids": zeros + 1, "positions": zeros}
+
+
+def init_params(model: nn.Module, key: jax.Array) -> Params:
+  """Parameters of a model called on a batch, boxed with their logical axis names (`flax.linen.unbox` removes them)."""
+  return model.init(key, dummy_batch())["params"]

@@ -1,0 +1,106 @@
+"""Three ways to run a sub-network of the backbone, which agree; see `docs/design.md`, "One sub-model, three executors".
+
+| executor | compiles             | saves compute | for |
+|----------|----------------------|---------------|-----|
+| `static` | once per sub-network | yes           | few sub-networks, deployment, latency |
+| `switch` | once for all         | yes           | hundreds of sub-networks, sampling per step |
+| `mask`   | once for all         | no            | tests, the reference |
+
+All take the parent's plain parameter tree, and a batch as `Transformer` does, and return float32 logits [b, t, v].
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from adaptive import subnet as subnets
+from adaptive.backbone.attention import Context
+from adaptive.backbone.transformer import REMAT_POLICIES, Batch, Block, Params, Transformer
+from adaptive.config import ModelConfig
+from adaptive.subnet import Subnet
+
+
+class Choices(NamedTuple):
+  """What each layer does, for each sub-network of a list: the one-compile executors index it by a traced number.
+
+  Attributes:
+    widths: the distinct (q_per_kv, d_ff) pairs, at most W.
+    branch: int32 [n, l]; 0 skips the layer, 1 + w runs it at `widths[w]`.
+  """
+
+  widths: tuple[tuple[int, int], ...]
+  branch: np.ndarray
+
+
+def choices(config: ModelConfig, family: Sequence[Subnet]) -> Choices:
+  """The table of a family of sub-networks. Their layers must be in the parent's order, each at most once."""
+  widths = tuple(sorted({s.widths for s in family}))
+  branch = np.zeros((len(family), config.num_layers), np.int32)
+  for row, subnet in zip(branch, family):
+    if list(subnet.layer_path) != sorted(set(subnet.layer_path)):
+      raise ValueError(f"layer path {subnet.layer_path} repeats or reorders layers: only the static executor can run it")
+    row[list(subnet.layer_path)] = 1 + widths.index(subnet.widths)
+  return Choices(widths, branch)
+
+
+def static(config: ModelConfig, params: Params, batch: Batch, subnet: Subnet) -> jax.Array:
+  """Cuts the sub-network out at trace time and runs it as the dense model that it is."""
+  small = subnets.config_of(config, subnet)
+  return Transformer(small).apply({"params": subnets.extract(config, params, subnet)}, batch)
+
+
+def switch(config: ModelConfig, params: Params, batch: Batch, table: Choices, index: jax.Array) -> jax.Array:
+  """One program for the whole family: each layer of the scan branches to a width, or to nothing.
+
+  The layer is rematerialised in the backward pass, always: differentiating through a switch would otherwise store every
+  branch's residuals for every layer, which costs more time and memory than computing the layer again.
+  """
+  model = Transformer(config)
+  x, context = model.apply({"params": params}, batch, method="embed")
+  layer = jax.checkpoint(
+    functools.partial(_switch_layer, config, table.widths), policy=REMAT_POLICIES.get(config.remat), prevent_cse=False
+  )
+  branch = jnp.asarray(table.branch)[index]
+  x, _ = jax.lax.scan(lambda x, inputs: (layer(x, context, *inputs), None), x, (params["layers"], branch))
+  return model.apply({"params": params}, x, method="head")
+
+
+def _switch_layer(config, widths, x: jax.Array, context: Context, layer: Params, branch: jax.Array) -> jax.Array:
+  def at_width(q_per_kv: int, d_ff: int):
+    small = subnets.config_of(config, Subnet((0,), q_per_kv, d_ff))
+    block = Block(small)
+    return lambda x: block.apply({"params": subnets.cut_widths(config, layer, q_per_kv, d_ff)}, x, context)[0]
+
+  return jax.lax.switch(branch, [lambda x: x, *(at_width(*w) for w in widths)], x)
+
+
+def mask(config: ModelConfig, params: Params, batch: Batch, table: Choices, index: jax.Array) -> jax.Array:
+  """The whole model with the rest of the parameters silenced: the reference, which saves nothing."""
+  branch = jnp.asarray(table.branch)[index]
+  q_per_kv, d_ff = jnp.moveaxis(jnp.asarray(table.widths)[jnp.maximum(branch - 1, 0)], -1, 0)
+  layers = subnets.mask_layers(config, params["layers"], branch > 0, q_per_kv, d_ff)
+  return Transformer(config).apply({"params": {**params, "layers": layers}}, batch)
+
+
+def exits(config: ModelConfig, params: Params, batch: Batch, depths: Sequence[int]) -> jax.Array:
+  """Residual stream after each of the given numbers of layers, [e, b, t, d], in one forward pass (SoFT)."""
+  model = Transformer(config)
+  x, context = model.apply({"params": params}, batch, method="embed")
+  block = Block(config)
+  run = lambda x, layer: block.apply({"params": layer}, x, context)[0]
+  if config.remat != "none":
+    run = jax.checkpoint(run, policy=REMAT_POLICIES[config.remat], prevent_cse=False)
+
+  def layer_and_emit(x, layer):
+    x = run(x, layer)
+    return x, x
+
+  _, hidden = jax.lax.scan(layer_and_emit, x, params["layers"])
+  return hidden[np.asarray(depths) - 1]
+
+
+EXECUTORS = {"switch": switch, "mask": mask}

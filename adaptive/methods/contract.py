@@ -1,0 +1,86 @@
+"""What the rest of the framework asks of a method, and the types that pass between them.
+
+A method is a module of functions (no base class), listed in `adaptive.methods.METHODS`. Its model is a Linen module
+that carries both configs, so every function takes just the model.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple, Protocol
+
+import flax.linen as nn
+import jax
+
+from adaptive.config import ModelConfig
+from adaptive.cost import Cost
+from adaptive.losses import SumCount
+
+Params = Any
+Batch = dict[str, jax.Array]
+Metrics = dict[str, SumCount]
+
+
+@dataclasses.dataclass(frozen=True)
+class SubModel:
+  """One setting of a method's dial, such as depth=6, d_ff=384; hashable, and the unit of evaluation."""
+
+  dial: tuple[tuple[str, int | float | str], ...]
+
+  @classmethod
+  def of(cls, **dial: int | float | str) -> "SubModel":
+    return cls(tuple(dial.items()))
+
+  @property
+  def name(self) -> str:
+    return ",".join(f"{key}={value}" for key, value in self.dial)
+
+  def __getitem__(self, key: str) -> int | float | str:
+    return dict(self.dial)[key]
+
+
+class Output(NamedTuple):
+  """Result of a forward pass.
+
+  Attributes:
+    logits: float32 [b, t, v].
+    aux: realised quantities (layers run, tokens kept) as (sum, count) pairs; empty when nothing depends on the input.
+  """
+
+  logits: jax.Array
+  aux: Metrics
+
+
+class Method(Protocol):
+  """The functions of a method's module."""
+
+  Config: type
+  """Frozen dataclass of the method's own fields."""
+
+  def build(self, model_config: ModelConfig, config: Any) -> nn.Module:
+    """The model; called on a batch it computes the full model's logits. Raises ConfigError for settings that cannot be."""
+
+  def submodels(self, model: nn.Module) -> tuple[SubModel, ...]:
+    """All sub-models that the method trains, the full model last. An index below is a position in this list."""
+
+  def sample(self, model: nn.Module, seed: int, step: int) -> tuple[int, ...]:
+    """Indices of the sub-models of one step: a pure function of (seed, step), so all hosts and resumed runs agree."""
+
+  def static_choice(self, model: nn.Module) -> bool:
+    """Whether `loss` needs the indices at trace time (one compile per choice) or takes them traced (one for all)."""
+
+  def loss(
+    self, model: nn.Module, params: Params, batch: Batch, choice: Any, key: jax.Array, step: jax.Array
+  ) -> tuple[jax.Array, Metrics]:
+    """Training loss of the sampled sub-models on a batch, and metrics.
+
+    `metrics["loss"]` is the task loss whose count weighs this micro-batch against others. A metric whose arrays have
+    shape [len(choice)] is one value for each sub-model of the choice.
+    """
+
+  def forward(self, model: nn.Module, params: Params, batch: Batch, index: int | jax.Array) -> Output:
+    """The sub-model's causal forward pass: cut out at trace time for an int, one program for all for a traced index."""
+
+  def cost(self, model: nn.Module, submodel: SubModel, seq_len: int, realised: Metrics) -> Cost:
+    """Analytic cost of a sub-model on sequences of seq_len tokens, given what `Output.aux` measured."""
+
+  def extract(self, model: nn.Module, params: Params, submodel: SubModel) -> tuple[ModelConfig, Params] | None:
+    """The sub-model as an ordinary dense model for `Transformer`; None where there is no such thing."""

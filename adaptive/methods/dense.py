@@ -1,0 +1,50 @@
+"""The plain backbone: nothing is left out. The ruler for every other method, and the shortest example of one."""
+
+import dataclasses
+
+import jax
+
+from adaptive import cost as costs
+from adaptive import losses
+from adaptive.backbone.transformer import Transformer
+from adaptive.config import ModelConfig
+from adaptive.methods.contract import Batch, Metrics, Output, Params, SubModel
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """No settings: the dial has one position."""
+
+
+def build(model_config: ModelConfig, config: Config) -> Transformer:
+  return Transformer(model_config)
+
+
+def submodels(model: Transformer) -> tuple[SubModel, ...]:
+  return (SubModel.of(depth=model.config.num_layers),)
+
+
+def sample(model: Transformer, seed: int, step: int) -> tuple[int, ...]:
+  return (0,)
+
+
+def static_choice(model: Transformer) -> bool:
+  return False
+
+
+def loss(model: Transformer, params: Params, batch: Batch, choice, key, step) -> tuple[jax.Array, Metrics]:
+  """Next-token cross entropy."""
+  pair = losses.cross_entropy(forward(model, params, batch, 0).logits, batch["targets"], batch["segment_ids"] > 0)
+  return losses.mean(pair), {"loss": pair}
+
+
+def forward(model: Transformer, params: Params, batch: Batch, index) -> Output:
+  return Output(model.apply({"params": params}, batch), {})
+
+
+def cost(model: Transformer, submodel: SubModel, seq_len: int, realised: Metrics) -> costs.Cost:
+  return costs.dense_cost(model.config, seq_len)
+
+
+def extract(model: Transformer, params: Params, submodel: SubModel) -> tuple[ModelConfig, Params]:
+  return model.config, params

@@ -1,0 +1,1 @@
+"""Methods that leave out width (and, being nested, depth with it)."""

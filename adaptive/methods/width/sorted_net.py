@@ -1,0 +1,237 @@
+"""SortedNet: many nested sub-models in one network, trained together by sampling.
+
+Valipour et al., "SortedNet: A Scalable and Generalized Framework for Training Modular DNNs" (arXiv 2309.00255), and
+its depth-only fine-tuning form SoFT, "Sorted LLaMA" (arXiv 2309.08968, Section 3). The sampling schemes of relatives
+are options of the same loss: sandwich rule and in-place distillation (universally slimmable networks, arXiv
+1903.05134), and weighted sampling of one sub-model a step (MatFormer, arXiv 2310.07707).
+
+A sub-model is the first `depth` layers, the first `q_per_kv` query heads of every key/value group, and the first `d_ff`
+feed-forward channels; the embedding, the final norm and the head are shared by all. The objective is
+min E_{b ~ P} L(x; theta(b)); a step draws `num_sampled` sub-models and averages their gradients.
+
+Departures from the papers, with reasons:
+- the gradient is the mean over the sampled sub-models, not the sum, so that the learning rate does not depend on them;
+- sampling is without replacement unless asked for, which covers small families better;
+- SoFT's loss is printed as a sum over exits divided by their number: a mean here too.
+"""
+
+import dataclasses
+import itertools
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from adaptive import cost as costs
+from adaptive import executors, losses
+from adaptive import subnet as subnets
+from adaptive.backbone.transformer import Transformer
+from adaptive.config import ModelConfig, require
+from adaptive.methods.contract import Batch, Metrics, Output, Params, SubModel
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """SortedNet's settings.
+
+  Attributes:
+    depths, q_per_kv, d_ff: choices of each dimension, increasing, the model's own size last; empty means full only.
+      The sub-models are their product.
+    scheme: how a step chooses. `uniform`: num_sampled draws. `weighted`: draws by `weights`. `sandwich`: the full, the
+      smallest and num_sampled - 2 draws. `all`: every sub-model. `multi_exit`: every depth in one forward pass (SoFT).
+    num_sampled: sub-models of a step (g_n in the paper).
+    replacement: whether a step may draw a sub-model twice.
+    weights: for `weighted` and `multi_exit`: one number per sub-model in the order of `submodels`, scaled to sum to 1.
+    accum_data: whether the sub-models of a step each see the `shared` batch, or `split` it between them.
+    distill: in-place distillation: share of the loss of all but the full sub-model that is the soft cross entropy to
+      the full one's output of the same step. Needs the full sub-model and shared data in every step.
+    distill_temperature: softens both distributions.
+    executor: how sub-models run in training; see `adaptive.executors`. `static` compiles each choice of a step.
+  """
+
+  depths: tuple[int, ...] = ()
+  q_per_kv: tuple[int, ...] = ()
+  d_ff: tuple[int, ...] = ()
+  scheme: Literal["uniform", "weighted", "sandwich", "all", "multi_exit"] = "uniform"
+  num_sampled: int = 2
+  replacement: bool = False
+  weights: tuple[float, ...] = ()
+  accum_data: Literal["shared", "split"] = "split"
+  distill: float = 0.0
+  distill_temperature: float = 1.0
+  executor: Literal["static", "switch", "mask"] = "switch"
+
+
+class SortedNet(Transformer):
+  """The backbone, with the family that it holds. It has the backbone's parameters and no others."""
+
+  method: Config = Config()
+
+
+def build(model_config: ModelConfig, config: Config) -> SortedNet:
+  for name, full in (("depths", model_config.num_layers), ("q_per_kv", model_config.q_per_kv), ("d_ff", model_config.d_ff)):
+    sizes = getattr(config, name)
+    require(
+      not sizes or (list(sizes) == sorted(set(sizes)) and sizes[0] > 0 and sizes[-1] == full),
+      f"method.{name}={sizes} must be positive, increasing and end with the model's own size {full}",
+    )
+  model = SortedNet(model_config, method=config)
+  family = _family(model)
+  for subnet in family:
+    subnets.validate(model_config, subnet)
+  _check_scheme(config, family)
+  return model
+
+
+def _check_scheme(config: Config, family: tuple[subnets.Subnet, ...]) -> None:
+  sampled, scheme = config.num_sampled, config.scheme
+  require(sampled >= (2 if scheme == "sandwich" else 1), f"method.num_sampled={sampled} is too small for {scheme!r}")
+  require(
+    sampled <= len(family) or config.replacement or scheme in ("all", "multi_exit"),
+    f"method.num_sampled={sampled} draws without replacement from only {len(family)} sub-models",
+  )
+  require(
+    not config.weights or len(config.weights) == len(family),
+    f"method.weights has {len(config.weights)} entries for {len(family)} sub-models",
+  )
+  require(scheme != "weighted" or config.weights, "method.scheme='weighted' needs method.weights")
+  require(
+    not config.weights or (min(config.weights) >= 0 and sum(config.weights) > 0),
+    "method.weights must not be negative, and not all zero",
+  )
+  require(0.0 <= config.distill <= 1.0, f"method.distill={config.distill} must lie in [0, 1]")
+  require(
+    not config.distill or (scheme in ("sandwich", "all") and config.accum_data == "shared"),
+    "method.distill needs method.scheme 'sandwich' or 'all' and method.accum_data='shared'",
+  )
+  require(
+    scheme != "multi_exit" or len({s.widths for s in family}) == 1,
+    "method.scheme='multi_exit' trains depths only: leave method.q_per_kv and method.d_ff empty",
+  )
+
+
+def submodels(model: SortedNet) -> tuple[SubModel, ...]:
+  """The product of the dimensions, the full model last; a dimension without a choice is left out of the names."""
+  method, config = model.method, model.config
+  axes = {"depth": method.depths, "q_per_kv": method.q_per_kv, "d_ff": method.d_ff}
+  axes = {name: sizes for name, sizes in axes.items() if sizes} or {"depth": (config.num_layers,)}
+  return tuple(SubModel.of(**dict(zip(axes, sizes))) for sizes in itertools.product(*axes.values()))
+
+
+def subnet_of(model: SortedNet, submodel: SubModel) -> subnets.Subnet:
+  """The part of the backbone that a sub-model runs."""
+  return subnets.prefix(model.config, **dict(submodel.dial))
+
+
+def _family(model: SortedNet) -> tuple[subnets.Subnet, ...]:
+  return tuple(subnet_of(model, s) for s in submodels(model))
+
+
+def sample(model: SortedNet, seed: int, step: int) -> tuple[int, ...]:
+  """Indices of the step's sub-models, keyed by (seed, step) with a counter-based generator."""
+  method, size = model.method, len(submodels(model))
+  if method.scheme in ("all", "multi_exit"):
+    return tuple(reversed(range(size)))
+  rng = np.random.Generator(np.random.Philox(key=[seed, step]))
+  if method.scheme == "sandwich":
+    middle = rng.choice(np.arange(1, size - 1), method.num_sampled - 2, replace=method.replacement)
+    return (size - 1, 0, *(int(i) for i in middle))
+  weights = np.array(method.weights) / sum(method.weights) if method.scheme == "weighted" else None
+  return tuple(int(i) for i in rng.choice(size, method.num_sampled, replace=method.replacement, p=weights))
+
+
+def static_choice(model: SortedNet) -> bool:
+  return model.method.executor == "static" or model.method.scheme == "multi_exit"
+
+
+def forward(model: SortedNet, params: Params, batch: Batch, index: int | jax.Array) -> Output:
+  """Logits of one sub-model: cut out when the index is an int, else by the configured one-compile executor."""
+  family = _family(model)
+  if isinstance(index, int):
+    return Output(executors.static(model.config, params, batch, family[index]), {})
+  run = executors.mask if model.method.executor == "mask" else executors.switch
+  return Output(run(model.config, params, batch, executors.choices(model.config, family), index), {})
+
+
+def loss(model: SortedNet, params: Params, batch: Batch, choice, key, step) -> tuple[jax.Array, Metrics]:
+  """Mean over the step's sub-models of the next-token cross entropy."""
+  if model.method.scheme == "multi_exit":
+    return _multi_exit_loss(model, params, batch, choice)
+  if model.method.distill:
+    return _distilled_loss(model, params, batch, choice)
+
+  split = model.method.accum_data == "split"
+
+  def entry_loss(params, rows, entry):
+    index, part = entry
+    rows = jax.tree.map(lambda x: x[part], rows) if split else rows
+    pair = _task_loss(forward(model, params, rows, index).logits, rows)
+    return losses.mean(pair), pair
+
+  rows = _split(batch, len(choice)) if split else batch
+  if static_choice(model):
+    entries = list(zip(choice, range(len(choice))))
+  else:
+    entries = (choice, jnp.arange(len(choice)))
+  total, pairs = losses.mean_over(entry_loss, params, rows, entries)
+  return total, _metrics(pairs)
+
+
+def _task_loss(logits: jax.Array, batch: Batch) -> losses.SumCount:
+  return losses.cross_entropy(logits, batch["targets"], batch["segment_ids"] > 0)
+
+
+def _split(batch: Batch, parts: int) -> Batch:
+  """[b, t] arrays -> [parts, b / parts, t]; row i goes to part i % parts, so that rows stay on their devices."""
+  return jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0), batch)
+
+
+def _metrics(pairs: losses.SumCount) -> Metrics:
+  """From (sum, count) of each sub-model of the step, [n]."""
+  return {"loss": jax.tree.map(jnp.sum, pairs), "submodel_loss": pairs}
+
+
+def _distilled_loss(model: SortedNet, params: Params, batch: Batch, choice) -> tuple[jax.Array, Metrics]:
+  """In-place distillation: the full sub-model, first in the choice, learns from labels and teaches the others."""
+  method = model.method
+  teacher = forward(model, params, batch, len(submodels(model)) - 1).logits
+  hard = _task_loss(teacher, batch)
+
+  def student_loss(params, shared, index):
+    rows, teacher = shared
+    logits = forward(model, params, rows, index).logits
+    task = _task_loss(logits, rows)
+    soft = losses.soft_cross_entropy(logits, teacher, rows["segment_ids"] > 0, method.distill_temperature)
+    return (1 - method.distill) * losses.mean(task) + method.distill * losses.mean(soft), task
+
+  shared = (batch, jax.lax.stop_gradient(teacher))
+  rest, tasks = losses.mean_over(student_loss, params, shared, list(choice[1:]) if static_choice(model) else choice[1:])
+  pairs = jax.tree.map(lambda first, others: jnp.concatenate([first[None], others]), hard, tasks)
+  return (losses.mean(hard) + rest * (len(choice) - 1)) / len(choice), _metrics(pairs)
+
+
+def _multi_exit_loss(model: SortedNet, params: Params, batch: Batch, choice) -> tuple[jax.Array, Metrics]:
+  """SoFT: every depth's output, through the shared norm and head, in one forward pass.
+
+  The head runs on one exit at a time and again in the backward pass, so the logits of one exit are held, not of all.
+  """
+  depths = [len(_family(model)[index].layer_path) for index in choice]
+  weights = np.array([model.method.weights[i] for i in choice]) if model.method.weights else np.ones(len(depths))
+
+  @jax.checkpoint
+  def exit_loss(x):
+    return _task_loss(model.apply({"params": params}, x, method="head"), batch)
+
+  pairs = jax.lax.map(exit_loss, executors.exits(model.config, params, batch, depths))
+  return jnp.sum(losses.mean(pairs) * (weights / weights.sum())), _metrics(pairs)
+
+
+def cost(model: SortedNet, submodel: SubModel, seq_len: int, realised: Metrics) -> costs.Cost:
+  return costs.dense_cost(subnets.config_of(model.config, subnet_of(model, submodel)), seq_len)
+
+
+def extract(model: SortedNet, params: Params, submodel: SubModel) -> tuple[ModelConfig, Params]:
+  """The sub-model as an ordinary dense checkpoint."""
+  subnet = subnet_of(model, submodel)
+  return subnets.config_of(model.config, subnet), subnets.extract(model.config, params, subnet)
