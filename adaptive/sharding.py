@@ -11,6 +11,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -83,6 +84,11 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
   """States where an activation lies, by logical axis names; does nothing outside a mesh."""
   return nn.with_logical_constraint(x, axes, rules=RULES)
+
+
+def split_rows(batch: PyTree, parts: int) -> PyTree:
+  """[b, ...] arrays -> [parts, b / parts, ...]; row i goes to part i % parts, so that rows stay on their devices."""
+  return jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0), batch)
 
 
 def state_shardings(abstract: PyTree, mesh: Mesh) -> PyTree:

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from adaptive import cost as costs
-from adaptive import executors, losses
+from adaptive import executors, losses, sharding
 from adaptive import subnet as subnets
 from adaptive.backbone.transformer import Transformer
 from adaptive.config import ModelConfig, require
@@ -169,7 +169,7 @@ def loss(model: SortedNet, params: Params, batch: Batch, choice, key, step) -> t
     pair = _task_loss(forward(model, params, rows, index).logits, rows)
     return losses.mean(pair), pair
 
-  rows = _split(batch, len(choice)) if split else batch
+  rows = sharding.split_rows(batch, len(choice)) if split else batch
   if static_choice(model):
     entries = list(zip(choice, range(len(choice))))
   else:
@@ -180,11 +180,6 @@ def loss(model: SortedNet, params: Params, batch: Batch, choice, key, step) -> t
 
 def _task_loss(logits: jax.Array, batch: Batch) -> losses.SumCount:
   return losses.cross_entropy(logits, batch["targets"], batch["segment_ids"] > 0)
-
-
-def _split(batch: Batch, parts: int) -> Batch:
-  """[b, t] arrays -> [parts, b / parts, t]; row i goes to part i % parts, so that rows stay on their devices."""
-  return jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0), batch)
 
 
 def _metrics(pairs: losses.SumCount) -> Metrics:

@@ -1,0 +1,77 @@
+"""Optimizers and learning-rate schedules, all from optax; what is ours is which parameter gets which treatment."""
+
+from typing import Any
+
+import jax
+import optax
+
+from adaptive.config import OptimizerConfig, require
+
+Params = Any
+
+
+def schedule(config: OptimizerConfig, steps: int, peak: float) -> optax.Schedule:
+  """Learning rate at each of `steps` updates.
+
+  Raises:
+    ConfigError: warm-up and decay do not fit into the run.
+  """
+  warmup, final = config.warmup_steps, peak * config.final_fraction
+  require(warmup < steps, f"training.optimizer.warmup_steps={warmup} must be less than training.steps={steps}")
+  if config.schedule == "cosine":
+    return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, steps, final)
+  decay = round(steps * config.decay_fraction)
+  require(
+    warmup + decay <= steps,
+    f"warm-up ({warmup} steps) and decay ({decay} steps) are longer than training.steps={steps}",
+  )
+  rise = optax.linear_schedule(0.0, peak, warmup) if warmup else optax.constant_schedule(peak)
+  fall = optax.linear_schedule(peak, final, decay) if decay else optax.constant_schedule(peak)
+  return optax.join_schedules([rise, optax.constant_schedule(peak), fall], [warmup, steps - decay])
+
+
+def decay_mask(params: Params) -> Params:
+  """True where weight decay applies: matrices, but not norms, biases, or the embedding table, which is a look-up."""
+  return jax.tree_util.tree_map_with_path(lambda path, _: _is_matrix(path[-1].key), params)
+
+
+def _is_matrix(name: str) -> bool:
+  return name not in ("scale", "table") and not name.endswith("bias")
+
+
+def muon_dimensions(params: Params) -> Params:
+  """Muon's view of each stacked matrix: which axes it reads, which it writes; None leaves a parameter to AdamW.
+
+  Matrices that write to the residual stream have d_model last; the others read it first, after the layer axis.
+  """
+
+  def dimensions(path, leaf):
+    names = [key.key for key in path]
+    if names[0] == "embedding" or not _is_matrix(names[-1]):
+      return None
+    axes = tuple(range(1, leaf.ndim))
+    split = len(axes) - 1 if names[-1] in ("out", "down") else 1
+    return optax.contrib.MuonDimensionNumbers(reduction_axis=axes[:split], output_axis=axes[split:])
+
+  return jax.tree_util.tree_map_with_path(dimensions, params)
+
+
+def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+  """Clipping by the global norm, then AdamW (Loshchilov and Hutter 2019) or Muon (Jordan et al. 2024)."""
+  rate = schedule(config, steps, config.learning_rate)
+  adam = dict(b1=config.b1, b2=config.b2, eps=config.eps)
+  if config.name == "adamw":
+    update = optax.adamw(rate, **adam, weight_decay=config.weight_decay, mask=decay_mask)
+  else:
+    update = optax.contrib.muon(
+      schedule(config, steps, config.muon_learning_rate),
+      beta=config.b1,
+      eps=config.eps,
+      weight_decay=config.weight_decay,
+      weight_decay_mask=decay_mask,
+      adam_b1=config.b1,
+      adam_b2=config.b2,
+      adam_learning_rate=rate,
+      muon_weight_dimension_numbers=muon_dimensions,
+    )
+  return optax.chain(optax.clip_by_global_norm(config.clip_norm), update) if config.clip_norm else update
