@@ -1,0 +1,100 @@
+"""Text to token ids and back: bytes, or any Hugging Face `tokenizer.json`."""
+
+import os
+from collections.abc import Iterable
+from typing import Protocol
+
+import numpy as np
+import tokenizers
+
+from adaptive.config import ConfigError, DataConfig, require
+
+# Names under which published tokenizers keep their document boundaries, the first that exists wins. `<|endoftext|>`
+# stands before `<|im_end|>`: in chat models that have both, the former separated documents in pre-training.
+_BOS_NAMES = (
+  "<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "<|bos|>", "<|endoftext|>", "<|im_start|>", "[CLS]",
+)  # fmt: skip
+_EOS_NAMES = ("</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>", "<|eos|>", "<|im_end|>", "[SEP]")
+
+
+class Tokenizer(Protocol):
+  """What the data pipeline needs of a tokenizer.
+
+  `vocab_size` is one more than the largest id; `bos` and `eos` stand at the two ends of every document (and may be
+  one id). `encode` adds neither and returns int32 [t]; `decode` leaves both out.
+  """
+
+  vocab_size: int
+  bos: int
+  eos: int
+
+  def encode(self, text: str) -> np.ndarray: ...
+
+  def decode(self, ids: Iterable[int]) -> str: ...
+
+
+class ByteTokenizer:
+  """Ids 0..255 are the bytes of UTF-8; 256 is the boundary between documents."""
+
+  vocab_size = 257
+  bos = 256
+  eos = 256
+
+  def encode(self, text: str) -> np.ndarray:
+    return np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32)
+
+  def decode(self, ids: Iterable[int]) -> str:
+    return bytes(i for i in map(int, ids) if 0 <= i < 256).decode("utf-8", errors="replace")
+
+
+class HuggingFaceTokenizer:
+  """A `tokenizer.json` of the `tokenizers` library, used for plain text only.
+
+  Whatever the file says about truncation, padding and templates is switched off, and a text that spells out a special
+  token is encoded as ordinary text: a document cannot forge a boundary.
+
+  Raises:
+    ConfigError: the file is missing or invalid, or none of its tokens has a usual name for a document boundary.
+  """
+
+  def __init__(self, path: str):
+    require(os.path.isfile(path), f"data.tokenizer={path!r}: no such file (it is 'bytes' or a tokenizer.json)")
+    try:
+      self._tokenizer = tokenizers.Tokenizer.from_file(path)
+    except Exception as error:  # The library raises bare `Exception`.
+      reason = " ".join(str(error).split())
+      raise ConfigError(f"data.tokenizer={path!r} is not a valid tokenizer.json: {reason}") from error
+    self._tokenizer.no_truncation()
+    self._tokenizer.no_padding()
+    self._tokenizer.encode_special_tokens = True
+    # Ids may have gaps, so the number of tokens is not a bound on them.
+    self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+    bos, eos = self._find(_BOS_NAMES), self._find(_EOS_NAMES)
+    if bos is None and eos is None:
+      raise ConfigError(f"data.tokenizer={path!r} has no token that marks a document, such as {', '.join(_EOS_NAMES)}")
+    self.bos = eos if bos is None else bos
+    self.eos = bos if eos is None else eos
+
+  def _find(self, names: tuple[str, ...]) -> int | None:
+    found = (self._tokenizer.token_to_id(name) for name in names)
+    return next((i for i in found if i is not None), None)
+
+  def encode(self, text: str) -> np.ndarray:
+    return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+
+  def decode(self, ids: Iterable[int]) -> str:
+    boundaries = (self.bos, self.eos)
+    return self._tokenizer.decode([i for i in map(int, ids) if i not in boundaries], skip_special_tokens=True)
+
+
+def make_tokenizer(config: DataConfig) -> Tokenizer:
+  """The tokenizer that `config.tokenizer` names."""
+  return ByteTokenizer() if config.tokenizer == "bytes" else HuggingFaceTokenizer(os.path.expanduser(config.tokenizer))
+
+
+def check_vocab(tokenizer: Tokenizer, vocab_size: int) -> None:
+  """Raises ConfigError when some token would have no row in the model's embedding table."""
+  require(
+    vocab_size >= tokenizer.vocab_size,
+    f"model.vocab_size={vocab_size} is smaller than the tokenizer's {tokenizer.vocab_size}",
+  )
