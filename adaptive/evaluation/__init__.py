@@ -1,0 +1,1 @@
+"""Measuring trained sub-models: quality, latency, the Pareto front, and the reports."""

@@ -1,0 +1,78 @@
+"""Measured latency of dense models as they would be deployed: compiled ahead, warmed up, at batch size 1."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from adaptive.backbone.transformer import Transformer, empty_cache
+from adaptive.config import ModelConfig
+
+WARM_UP = 10
+ROUNDS = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Latency:
+  """Milliseconds: median and 90th percentile, of a prompt and of one more token."""
+
+  prefill_ms: float
+  prefill_ms_p90: float
+  step_ms: float
+  step_ms_p90: float
+
+
+class _Timed:
+  """A compiled cached forward of `tokens` tokens that follow `index` others. Its cache is donated, as in generation."""
+
+  def __init__(self, config: ModelConfig, params: Any, tokens: int, index: int):
+    model = Transformer(dataclasses.replace(config, remat="none"))
+    forward = jax.jit(lambda p, t, c, i: model.apply({"params": p}, t, c, i, method="step"), donate_argnums=2)
+    self._params, self._cache = params, empty_cache(config, 1, index + tokens)
+    self._tokens, self._index = jnp.zeros((1, tokens), jnp.int32), jnp.int32(index)
+    self._compiled = forward.lower(params, self._tokens, self._cache, self._index).compile()
+    self.times: list[float] = []
+
+  def __call__(self, calls: int, record: bool) -> None:
+    for _ in range(calls):
+      start = time.perf_counter()
+      logits, self._cache = self._compiled(self._params, self._tokens, self._cache, self._index)
+      logits.block_until_ready()
+      if record:
+        self.times.append(1000 * (time.perf_counter() - start))
+
+
+def measure(
+  models: Sequence[tuple[ModelConfig, Any]],
+  prefill_tokens: int,
+  repeats: int,
+  report: Callable[[int], None] = lambda done: None,
+) -> list[Latency]:
+  """Times each (config, params) on the first device: a prompt of `prefill_tokens`, and one token after it.
+
+  The models take turns in a few rounds, so that a slow moment of the machine does not fall on one of them alone.
+
+  Args:
+    report: called with the number of models compiled.
+  """
+  device = jax.local_devices()[0]
+  timed = []
+  with jax.default_device(device):
+    for done, (config, params) in enumerate(models, 1):
+      params = jax.device_put(params, device)
+      timed.append((_Timed(config, params, prefill_tokens, 0), _Timed(config, params, 1, prefill_tokens)))
+      report(done)
+    for turn in range(ROUNDS):
+      for both in timed:
+        for run in both:
+          run(WARM_UP if turn == 0 else 2, record=False)
+          run(-(-repeats // ROUNDS), record=True)
+  return [Latency(*_summary(prefill.times), *_summary(step.times)) for prefill, step in timed]
+
+
+def _summary(times: Sequence[float]) -> tuple[float, float]:
+  return float(np.median(times)), float(np.percentile(times, 90))
