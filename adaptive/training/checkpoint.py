@@ -1,0 +1,243 @@
+"""Checkpoints: the only file that knows Orbax.
+
+Two kinds. A run's checkpoints (`Checkpointer`) hold the whole train state, one folder per step, and restore onto any
+mesh. A params checkpoint (`save_params`) holds a plain tree of parameters and loads without knowing its shapes.
+
+A folder appears under its final name only when everything in it is written, so a killed run leaves the last finished
+step. Damaged bytes are not detected here: Orbax stores no checksums.
+"""
+
+import contextlib
+import logging
+import os
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging as absl_logging
+
+from adaptive.config import ConfigError
+
+
+class CheckpointError(ConfigError):
+  """A checkpoint that cannot be written, found, read or fitted. The message is one line."""
+
+
+def _worth_showing(record: logging.LogRecord) -> bool:
+  return record.levelno >= logging.WARNING or f"{os.sep}orbax{os.sep}" not in record.pathname
+
+
+# Orbax logs dozens of lines per save at level INFO, which absl's app.run shows. A filter, not a level: other libraries
+# and the user's --verbosity go through the same logger.
+absl_logging.get_absl_logger().addFilter(_worth_showing)
+
+
+class Checkpointer:
+  """The checkpoints of one run; a context manager.
+
+  The step of a checkpoint is the number of finished updates. Every process must call every method.
+
+  Args:
+    folder: holds one folder per step; created when writing.
+    keep: the newest `keep` steps stay, older ones are deleted. None is for reading: nothing is created or deleted, so
+      that an evaluation can look into the folder of a running training.
+
+  Raises:
+    CheckpointError: the folder cannot be created.
+  """
+
+  def __init__(self, folder: str | os.PathLike, keep: int | None):
+    self.folder = pathlib.Path(folder).absolute()
+    self._writable = keep is not None
+    options = ocp.CheckpointManagerOptions(
+      max_to_keep=keep, create=self._writable, cleanup_tmp_directories=self._writable, enable_async_checkpointing=True
+    )
+    handlers = {"state": ocp.PyTreeCheckpointHandler(), "metadata": ocp.JsonCheckpointHandler()}
+    with _one_line(f"cannot use {folder} for checkpoints"):
+      self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
+
+  def __enter__(self) -> "Checkpointer":
+    return self
+
+  def __exit__(self, error_type, error, traceback) -> None:
+    if error is None:
+      self.close()
+      return
+    with contextlib.suppress(CheckpointError):  # it would hide the error that is on its way
+      self.close()
+
+  def save(self, step: int, state: Any, metadata: dict[str, Any]) -> None:
+    """Starts to save; returns when `state` may be donated or overwritten. Does nothing if the step is saved already.
+
+    Args:
+      step: finished updates.
+      state: pytree of arrays, sharded in any way.
+      metadata: JSON-serialisable.
+
+    Raises:
+      CheckpointError: this save, or the previous one that went on in the background, failed.
+    """
+    assert self._writable, "opened for reading"
+    if step in self._manager.all_steps():
+      return
+    args = ocp.args.Composite(state=ocp.args.PyTreeSave(state), metadata=ocp.args.JsonSave(metadata))
+    with _one_line(f"cannot save checkpoint {self._path(step)}"):
+      self._manager.save(step, args=args, force=True)  # the caller chose the step; Orbax's own policy has no say
+
+  def steps(self) -> list[int]:
+    """Finished checkpoints, oldest first. Waits for a save that is under way, and raises as `wait` does."""
+    self.wait()
+    with _one_line(f"cannot read {self.folder}"):
+      if not self._writable and self.folder.exists():
+        self._manager.reload()  # the training that writes may have gone on
+      return sorted(self._manager.all_steps())
+
+  def latest_step(self) -> int | None:
+    """Newest finished checkpoint, None if there is none."""
+    return max(self.steps(), default=None)
+
+  def restore(self, step: int, abstract_state: Any) -> Any:
+    """Reads a state onto the mesh that `abstract_state` names, whichever it was saved from.
+
+    Args:
+      step: one of `steps()`.
+      abstract_state: pytree of `jax.ShapeDtypeStruct` with shardings. When it is a dict, top-level entries of the
+        checkpoint that it lacks are not read: an evaluation asks for the parameters alone.
+
+    Returns:
+      A pytree of the same structure, shapes, dtypes and shardings.
+
+    Raises:
+      CheckpointError: no such checkpoint; its first leaf that is missing, unknown, or of another shape or dtype; or it
+        cannot be read.
+    """
+    self._require(step)
+    with _one_line(f"cannot read checkpoint {self._path(step)}"):
+      stored = self._manager.item_metadata(step).state.tree
+    if isinstance(abstract_state, dict):
+      stored = {name: part for name, part in stored.items() if name in abstract_state}
+    _check_fits(self._path(step), stored, abstract_state)
+    shardings = ocp.checkpoint_utils.construct_restore_args(abstract_state)
+    with _one_line(f"cannot read checkpoint {self._path(step)}"):
+      args = ocp.args.PyTreeRestore(abstract_state, restore_args=shardings, partial_restore=True)
+      return self._manager.restore(step, args=ocp.args.Composite(state=args)).state
+
+  def metadata(self, step: int) -> dict[str, Any]:
+    """The metadata saved with a step.
+
+    Raises:
+      CheckpointError: no such checkpoint, or it cannot be read.
+    """
+    self._require(step)
+    with _one_line(f"cannot read checkpoint {self._path(step)}"):
+      return self._manager.restore(step, args=ocp.args.Composite(metadata=ocp.args.JsonRestore())).metadata
+
+  def wait(self) -> None:
+    """Blocks until every save is on disk.
+
+    Raises:
+      CheckpointError: a save that went on in the background failed.
+    """
+    with _one_line(f"cannot save checkpoints in {self.folder}"):
+      self._manager.wait_until_finished()
+
+  def close(self) -> None:
+    """Waits as `wait` does, then lets go of the folder. Raises as `wait` does."""
+    try:
+      self.wait()
+    finally:
+      self._manager.close()
+
+  def _path(self, step: int) -> pathlib.Path:
+    return self.folder / str(step)
+
+  def _require(self, step: int) -> None:
+    found = self.steps()
+    if step not in found:
+      there = f"it holds {', '.join(map(str, found))}" if found else "it holds none"
+      raise CheckpointError(f"no checkpoint of step {step} in {self.folder}; {there}")
+
+
+def save_params(folder: str | os.PathLike, params: Any, metadata: dict[str, Any]) -> None:
+  """Writes a params checkpoint and waits until it is on disk. One that is there already is replaced.
+
+  Args:
+    folder: new, empty, or an older params checkpoint; anything else is left alone.
+    params: nested dict of arrays.
+    metadata: JSON-serialisable; by custom {"model": fields of the ModelConfig}.
+
+  Raises:
+    CheckpointError: the folder holds something else, or cannot be written.
+  """
+  path = pathlib.Path(folder).absolute()
+  with _one_line(f"cannot write params to {folder}"):
+    taken = path.exists() and not _is_params(path) and (not path.is_dir() or any(path.iterdir()))
+  if taken:
+    raise CheckpointError(f"{folder} exists and is no params checkpoint; choose another folder")
+  args = ocp.args.Composite(params=ocp.args.PyTreeSave(params), metadata=ocp.args.JsonSave(metadata))
+  with _one_line(f"cannot write params to {folder}"), _params_checkpointer() as checkpointer:
+    checkpointer.save(path, args=args, force=True)
+
+
+def load_params(folder: str | os.PathLike) -> tuple[Any, dict[str, Any]]:
+  """Reads a params checkpoint on any number of devices.
+
+  Returns:
+    (params, metadata): nested dict of NumPy arrays, with the dtypes that were saved, and what was saved with it.
+
+  Raises:
+    CheckpointError: no params checkpoint there, or it cannot be read.
+  """
+  path = pathlib.Path(folder).absolute()
+  if not _is_params(path):
+    raise CheckpointError(f"{folder} is no params checkpoint")
+  with _one_line(f"cannot read params from {folder}"), _params_checkpointer() as checkpointer:
+    tree = checkpointer.metadata(path).item_metadata["params"].tree
+    # As NumPy: without it Orbax wants the devices that the arrays were saved from.
+    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+    args = ocp.args.Composite(params=ocp.args.PyTreeRestore(restore_args=as_numpy), metadata=ocp.args.JsonRestore())
+    restored = checkpointer.restore(path, args=args)
+    return restored.params, restored.metadata
+
+
+def _params_checkpointer() -> ocp.Checkpointer:
+  handlers = {"params": ocp.PyTreeCheckpointHandler(), "metadata": ocp.JsonCheckpointHandler()}
+  return ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers))
+
+
+def _is_params(path: pathlib.Path) -> bool:
+  return (path / "params").is_dir() and (path / "metadata").is_dir()
+
+
+@contextlib.contextmanager
+def _one_line(what: str) -> Iterator[None]:
+  """Orbax reports trouble as whatever its parts raised; the user gets one line and the cause is chained."""
+  try:
+    yield
+  except Exception as error:
+    reason = str(error).strip().splitlines() or [type(error).__name__]
+    raise CheckpointError(f"{what}: {reason[0]}") from error
+
+
+def _check_fits(path: pathlib.Path, stored: Any, wanted: Any) -> None:
+  """Orbax would cast another dtype silently, and names no leaf when a shape differs."""
+  stored, wanted = _named_leaves(stored), _named_leaves(wanted)
+  for name in sorted(stored | wanted):
+    there, here = stored.get(name, "missing"), wanted.get(name, "missing")
+    if there != here:
+      raise CheckpointError(f"checkpoint {path} does not fit: {name} is {there} there and {here} here")
+
+
+def _named_leaves(tree: Any) -> dict[str, str]:
+  """Path -> shape and dtype. Attributes, keys and indices look alike, as they do in what Orbax stored."""
+
+  def describe(x):
+    if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+      x = jax.eval_shape(jax.random.key_data, x)  # Orbax stores the numbers of a random key
+    return f"{x.dtype}{list(x.shape)}"
+
+  leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+  return {jax.tree_util.keystr(path, simple=True, separator="/"): describe(x) for path, x in leaves}

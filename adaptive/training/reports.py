@@ -1,0 +1,87 @@
+"""What `eval.py` does: evaluate a run, compare runs, extract a sub-model."""
+
+import dataclasses
+import json
+import pathlib
+import sys
+from collections.abc import Sequence
+
+import jax
+
+from adaptive import config as configs
+from adaptive import sharding
+from adaptive.config import require
+from adaptive.evaluation import report
+from adaptive.evaluation.results import Family
+from adaptive.evaluation.sweep import sweep
+from adaptive.methods import METHODS
+from adaptive.training.checkpoint import Checkpointer
+from adaptive.training.run import CHECKPOINTS, Run, load_params, load_run
+from adaptive.training.workdir import open_workdir, user_errors
+
+
+def evaluate(workdir: str, step: int | None, output: str, **settings) -> Family:
+  """Evaluates all sub-models of a checkpoint, prints the table, and writes the Pareto files into `output`.
+
+  Args:
+    step: None is the newest checkpoint. settings: replace fields of the run's evaluation settings.
+  """
+  run = load_run(workdir, **settings)
+  step, params = load_params(run, workdir, step)
+  family = _sweep(run, workdir, step, params)
+  if jax.process_index() == 0:
+    print(report.table(family))
+    _write([family], output)
+  return family
+
+
+def _sweep(run: Run, workdir: str, step: int, params) -> Family:
+  data = run.experiment.data
+  notes = {"method": run.method_name, "trained": f"{step} steps, {step * data.batch_size * data.seq_len:,} tokens"}
+  label = pathlib.Path(workdir).absolute().name
+  return sweep(run.method, run.model, params, run.experiment, run.dataset, run.mesh, label, notes)
+
+
+def compare(workdirs: Sequence[str], output: str, **settings) -> None:
+  """Draws several runs in one plot, evaluating those that have no results yet (all, if settings are given)."""
+  families = []
+  for workdir in workdirs:
+    saved = pathlib.Path(workdir) / "pareto.json"
+    if saved.is_file() and not settings:
+      families += report.read_json(saved)
+    else:
+      families.append(evaluate(workdir, None, workdir, **settings))
+  for note in ("data", "held out"):
+    if len({family.notes.get(note) for family in families}) > 1:
+      print(f"warning: the runs differ in {note!r}, their losses do not compare", file=sys.stderr)
+  print(report.comparison(families))
+  _write(families, output)
+
+
+def _write(families: Sequence[Family], output: str) -> None:
+  with user_errors(f"cannot write results to {output}"):
+    paths = report.write_all(families, output)
+  print("\nwrote " + ", ".join(str(path) for path in paths.values()))
+
+
+def extract(workdir: str, step: int | None, name: str, output: str | None) -> None:
+  """Writes a sub-model as a workdir of its own, which holds an ordinary dense model.
+
+  Raises:
+    ConfigError: no such sub-model, it cannot stand alone, or the folder is taken.
+  """
+  require(output is not None, "--extract needs --output, the folder of the new run")
+  run = load_run(workdir)
+  submodels = {s.name: s for s in run.method.submodels(run.model)}
+  require(name in submodels, f"no sub-model {name!r}; {configs.nearest(name, submodels)}")
+  step, params = load_params(run, workdir, step)
+  found = run.method.extract(run.model, params, submodels[name])
+  require(found is not None, f"sub-model {name} needs its method to run: it cannot be extracted")
+  model_config, small = found
+  dense = dataclasses.replace(run.experiment, model=model_config, method=METHODS["dense"].Config())
+  folder = open_workdir(output, configs.to_json(dense, "dense"))
+  origin = {"submodel": name, "method": run.method_name, "config": json.loads(run.config_json)}
+  with Checkpointer(folder / CHECKPOINTS, keep=1) as checkpointer:
+    small = jax.device_put(small, sharding.replicated(run.mesh))
+    checkpointer.save(step, {"params": small}, {"step": step, "extracted_from": origin})
+  print(f"wrote {name} to {folder}; evaluate it with: python eval.py --workdir={output}")

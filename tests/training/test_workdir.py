@@ -1,0 +1,90 @@
+import json
+
+import pytest
+
+from adaptive.config import ConfigError
+from adaptive.training import workdir
+
+CONFIG = {"seed": 0, "model": {"d_model": 128, "d_ff": 384, "num_heads": 4}, "evaluation": {"rows": 256}}
+
+
+def config(**model):
+  return json.dumps({**CONFIG, "model": {**CONFIG["model"], **model}})
+
+
+def test_first_use_writes_config_and_versions(tmp_path):
+  folder = workdir.open_workdir(tmp_path / "runs" / "x", config())
+  assert folder == tmp_path / "runs" / "x"
+  assert workdir.load_config(folder) == CONFIG
+  found = json.loads((folder / "versions.json").read_text())
+  assert {"python", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "adaptive", "platform"} < set(found)
+  assert found["device_kind"] == "cpu"
+  assert sorted(entry.name for entry in folder.iterdir()) == ["config.json", "versions.json"]
+
+
+def test_same_config_opens_again_and_keeps_the_files(tmp_path):
+  workdir.open_workdir(tmp_path, config())
+  (tmp_path / "versions.json").write_text("{}")
+  (tmp_path / "metrics.jsonl").write_text("")
+  workdir.open_workdir(tmp_path, config())
+  assert (tmp_path / "versions.json").read_text() == "{}"
+
+
+def test_fields_that_change_nothing_learned_may_differ(tmp_path):
+  workdir.open_workdir(tmp_path, config())
+  workdir.open_workdir(tmp_path, json.dumps({**CONFIG, "evaluation": {"rows": 8}}))
+  assert workdir.load_config(tmp_path) == CONFIG
+
+
+def test_another_config_is_refused_and_the_fields_named(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  workdir.open_workdir("runs/x", config())
+  with pytest.raises(ConfigError) as caught:
+    workdir.open_workdir("runs/x", config(d_model=256))
+  assert str(caught.value) == "runs/x holds another config: model.d_model: 128 -> 256; choose another --workdir"
+  assert workdir.load_config("runs/x") == CONFIG
+
+
+def test_at_most_three_fields_are_named(tmp_path):
+  workdir.open_workdir(tmp_path, config())
+  other = {"seed": 1, "model": {"d_model": 256, "d_ff": 768, "num_heads": 8}}
+  with pytest.raises(ConfigError) as caught:
+    workdir.open_workdir(tmp_path, json.dumps(other))
+  message = str(caught.value)
+  assert "model.d_ff: 384 -> 768; model.d_model: 128 -> 256; model.num_heads: 4 -> 8 (and 1 more);" in message
+  assert "\n" not in message
+
+
+def test_foreign_folder_is_left_alone(tmp_path):
+  (tmp_path / "thesis.tex").write_text("precious")
+  with pytest.raises(ConfigError, match=r"is not empty and holds no config\.json; choose another --workdir"):
+    workdir.open_workdir(tmp_path, config())
+  assert [entry.name for entry in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_folder_of_a_run_killed_at_birth_is_accepted(tmp_path):
+  (tmp_path / ".config.json.tmp").write_text('{"seed"')
+  workdir.open_workdir(tmp_path, config())
+  assert workdir.load_config(tmp_path) == CONFIG
+
+
+def test_path_that_cannot_be_a_folder(tmp_path):
+  (tmp_path / "file").write_text("")
+  with pytest.raises(ConfigError, match=r"^cannot use .*file/x as workdir: Not a directory$"):
+    workdir.open_workdir(tmp_path / "file" / "x", config())
+  with pytest.raises(ConfigError, match="mounted file system"):
+    workdir.open_workdir("gs://bucket/x", config())
+
+
+def test_load_config_of_what_is_no_workdir(tmp_path):
+  with pytest.raises(ConfigError, match=r"is not a workdir: it holds no config\.json$"):
+    workdir.load_config(tmp_path / "nowhere")
+  (tmp_path / "config.json").write_text("{\n'seed'")
+  with pytest.raises(ConfigError, match=r"config\.json is not valid JSON \(line 2\)"):
+    workdir.load_config(tmp_path)
+
+
+def test_other_processes_write_nothing(tmp_path, monkeypatch):
+  monkeypatch.setattr(workdir.jax, "process_index", lambda: 1)
+  assert workdir.open_workdir(tmp_path / "x", config()) == tmp_path / "x"
+  assert not (tmp_path / "x").exists()
