@@ -77,6 +77,11 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec(dict(RULES)["batch"]))
 
 
+def batch_parts(mesh: Mesh) -> int:
+  """Number of pieces that a batch is cut into."""
+  return math.prod(mesh.shape[name] for name in dict(RULES)["batch"])
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec())
 

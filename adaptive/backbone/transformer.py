@@ -53,6 +53,7 @@ class Transformer(nn.Module):
       split_rngs={"params": True},
       in_axes=(nn.broadcast, 0),
       length=c.num_layers,
+      unroll=c.unroll,
       metadata_params={nn.PARTITION_NAME: "layers"},
     )(c)
     self.final_norm = RMSNorm(c)

@@ -67,6 +67,9 @@ class Method(Protocol):
   def static_choice(self, model: nn.Module) -> bool:
     """Whether `loss` needs the indices at trace time (one compile per choice) or takes them traced (one for all)."""
 
+  def batch_parts(self, model: nn.Module) -> int:
+    """Into how many equal pieces `loss` cuts the rows of a batch; 1 when it does not."""
+
   def loss(
     self, model: nn.Module, params: Params, batch: Batch, choice: Any, key: jax.Array, step: jax.Array
   ) -> tuple[jax.Array, Metrics]:

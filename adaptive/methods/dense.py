@@ -32,6 +32,10 @@ def static_choice(model: Transformer) -> bool:
   return False
 
 
+def batch_parts(model: Transformer) -> int:
+  return 1
+
+
 def loss(model: Transformer, params: Params, batch: Batch, choice, key, step) -> tuple[jax.Array, Metrics]:
   """Next-token cross entropy."""
   pair = losses.cross_entropy(forward(model, params, batch, 0).logits, batch["targets"], batch["segment_ids"] > 0)

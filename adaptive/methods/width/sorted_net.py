@@ -145,6 +145,11 @@ def static_choice(model: SortedNet) -> bool:
   return model.method.executor == "static" or model.method.scheme == "multi_exit"
 
 
+def batch_parts(model: SortedNet) -> int:
+  split = model.method.accum_data == "split" and model.method.scheme != "multi_exit"
+  return len(sample(model, 0, 0)) if split else 1
+
+
 def forward(model: SortedNet, params: Params, batch: Batch, index: int | jax.Array) -> Output:
   """Logits of one sub-model: cut out when the index is an int, else by the configured one-compile executor."""
   family = _family(model)
@@ -161,7 +166,7 @@ def loss(model: SortedNet, params: Params, batch: Batch, choice, key, step) -> t
   if model.method.distill:
     return _distilled_loss(model, params, batch, choice)
 
-  split = model.method.accum_data == "split"
+  split = batch_parts(model) > 1
 
   def entry_loss(params, rows, entry):
     index, part = entry

@@ -1,0 +1,15 @@
+"""The plain backbone on the source code of Python's standard library: the ruler for the other demos.
+
+  python train.py --config=configs/dense_demo.py --workdir=runs/dense
+  python eval.py --compare runs/demo runs/dense
+"""
+
+from adaptive import methods
+
+
+def get_config():
+  config = methods.default_config("dense")
+  config.model.update(num_layers=6, d_model=128, d_ff=384, num_heads=4, num_kv_heads=2)
+  config.data.update(seq_len=256, batch_size=16)
+  config.training.update(steps=300)
+  return config

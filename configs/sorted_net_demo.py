@@ -1,0 +1,16 @@
+"""SortedNet (arXiv 2309.00255) on the source code of Python's standard library: a first run, on two CPU cores.
+
+  python train.py --config=configs/sorted_net_demo.py --workdir=runs/demo
+  python eval.py --workdir=runs/demo
+"""
+
+from adaptive import methods
+
+
+def get_config():
+  config = methods.default_config("sorted_net")
+  config.model.update(num_layers=6, d_model=128, d_ff=384, num_heads=4, num_kv_heads=2)
+  config.data.update(seq_len=256, batch_size=16)
+  config.method.update(depths=(2, 3, 4, 5, 6), d_ff=(96, 192, 288, 384), scheme="sandwich", num_sampled=4)
+  config.training.update(steps=300)
+  return config

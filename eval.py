@@ -1,0 +1,44 @@
+"""Evaluates every sub-model of a trained run, or draws several runs in one plot.
+
+  python eval.py --workdir=runs/demo
+  python eval.py --compare runs/a runs/b
+  python eval.py --workdir=runs/demo --extract=depth=3,d_ff=128 --output=runs/small
+"""
+
+import pathlib
+
+from absl import flags
+
+from adaptive import cli
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run that train.py made.")
+_STEP = flags.DEFINE_integer("step", None, "Checkpoint to evaluate; the newest by default.")
+_ROWS = flags.DEFINE_integer("rows", None, "Held-out rows; evaluation.rows of the run's config by default.")
+_LATENCY = flags.DEFINE_bool("latency", None, "Time the extracted sub-models; evaluation.latency by default.")
+_COMPARE = flags.DEFINE_bool("compare", False, "Draw the runs named after the flags in one plot.")
+_EXTRACT = flags.DEFINE_string("extract", None, "Write this sub-model as an ordinary dense run into --output.")
+_OUTPUT = flags.DEFINE_string("output", None, "Where results go; the workdir by default, or runs' parent for --compare.")
+
+
+def main(argv: list[str]) -> None:
+  runs = argv[1:]
+  if _COMPARE.value and not runs:
+    cli.fail("--compare needs runs, such as --compare runs/a runs/b")
+  if not _COMPARE.value and (runs or _WORKDIR.value is None):
+    cli.fail(f"unexpected argument {runs[0]!r}" if runs else "--workdir is missing, such as --workdir=runs/demo")
+
+  from adaptive.training import reports
+
+  cli.use_compilation_cache(_WORKDIR.value or runs[0])
+  settings = {"rows": _ROWS.value, "latency": _LATENCY.value}
+  settings = {name: value for name, value in settings.items() if value is not None}
+  if _COMPARE.value:
+    reports.compare(runs, _OUTPUT.value or str(pathlib.Path(runs[0]).parent / "compare"), **settings)
+  elif _EXTRACT.value:
+    reports.extract(_WORKDIR.value, _STEP.value, _EXTRACT.value, _OUTPUT.value)
+  else:
+    reports.evaluate(_WORKDIR.value, _STEP.value, _OUTPUT.value or _WORKDIR.value, **settings)
+
+
+if __name__ == "__main__":
+  cli.run(main)

@@ -1,0 +1,40 @@
+"""Trains the model that a config file describes; the same command again resumes.
+
+  python train.py --config=configs/sorted_net_demo.py --workdir=runs/demo --config.training.steps=500
+"""
+
+from absl import flags
+from ml_collections import config_flags
+
+from adaptive import cli
+from adaptive.methods import parse_config
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file; its fields can be overridden.", lock_config=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: config, metrics, checkpoints.")
+_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print parameters, sub-models, mesh and memory; train nothing.")
+
+
+def main(argv: list[str]) -> None:
+  if len(argv) > 1:
+    cli.fail(f"unexpected argument {argv[1]!r}")
+  if _CONFIG.value is None:
+    cli.fail("--config is missing, such as --config=configs/sorted_net_demo.py")
+  if _WORKDIR.value is None and not _DRY_RUN.value:
+    cli.fail("--workdir is missing, such as --workdir=runs/demo")
+  method, experiment = parse_config(_CONFIG.value)
+
+  # Orbax and the data libraries take seconds to import, a misspelt field should not.
+  from adaptive.training import dry_run, loop
+  from adaptive.training.run import assemble
+
+  if _WORKDIR.value:
+    cli.use_compilation_cache(_WORKDIR.value)
+  run = assemble(method, experiment)
+  if _DRY_RUN.value:
+    print(dry_run.describe(run))
+  else:
+    loop.train(run, _WORKDIR.value)
+
+
+if __name__ == "__main__":
+  cli.run(main)
