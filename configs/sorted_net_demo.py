@@ -11,6 +11,8 @@ def get_config():
   config = methods.default_config("sorted_net")
   config.model.update(num_layers=6, d_model=128, d_ff=384, num_heads=4, num_kv_heads=2)
   config.data.update(seq_len=256, batch_size=16)
-  config.method.update(depths=(2, 3, 4, 5, 6), d_ff=(96, 192, 288, 384), scheme="sandwich", num_sampled=4)
+  # Deep and thin sub-models lose to shallow and wide ones of the same cost, so the deeper, the wider.
+  sizes = [(depth, 2, d_ff) for depth in range(2, 7) for d_ff in range(128, 385, 64) if d_ff >= 64 * (depth - 1)]
+  config.method.update(listed=tuple(sizes), scheme="sandwich", num_sampled=4)
   config.training.update(steps=300)
   return config

@@ -38,6 +38,7 @@ class Config:
   Attributes:
     depths, q_per_kv, d_ff: choices of each dimension, increasing, the model's own size last; empty means full only.
       The sub-models are their product.
+    listed: instead of the product, the (depth, q_per_kv, d_ff) of every sub-model, the full model last.
     scheme: how a step chooses. `uniform`: num_sampled draws. `weighted`: draws by `weights`. `sandwich`: the full, the
       smallest and num_sampled - 2 draws. `all`: every sub-model. `multi_exit`: every depth in one forward pass (SoFT).
     num_sampled: sub-models of a step (g_n in the paper).
@@ -53,6 +54,7 @@ class Config:
   depths: tuple[int, ...] = ()
   q_per_kv: tuple[int, ...] = ()
   d_ff: tuple[int, ...] = ()
+  listed: tuple[tuple[int, ...], ...] = ()
   scheme: Literal["uniform", "weighted", "sandwich", "all", "multi_exit"] = "uniform"
   num_sampled: int = 2
   replacement: bool = False
@@ -76,12 +78,24 @@ def build(model_config: ModelConfig, config: Config) -> SortedNet:
       not sizes or (list(sizes) == sorted(set(sizes)) and sizes[0] > 0 and sizes[-1] == full),
       f"method.{name}={sizes} must be positive, increasing and end with the model's own size {full}",
     )
+  _check_listed(model_config, config)
   model = SortedNet(model_config, method=config)
   family = _family(model)
   for subnet in family:
     subnets.validate(model_config, subnet)
   _check_scheme(config, family)
   return model
+
+
+def _check_listed(model: ModelConfig, config: Config) -> None:
+  if not config.listed:
+    return
+  require(not (config.depths or config.q_per_kv or config.d_ff), "method.listed replaces method.depths, q_per_kv and d_ff")
+  wrong = [sizes for sizes in config.listed if len(sizes) != 3]
+  require(not wrong, f"method.listed needs (depth, q_per_kv, d_ff) triples, not {wrong[:1]}")
+  require(len(set(config.listed)) == len(config.listed), "method.listed names a sub-model twice")
+  full = (model.num_layers, model.q_per_kv, model.d_ff)
+  require(config.listed[-1] == full, f"method.listed must end with the full model {full}, not {config.listed[-1]}")
 
 
 def _check_scheme(config: Config, family: tuple[subnets.Subnet, ...]) -> None:
@@ -112,8 +126,12 @@ def _check_scheme(config: Config, family: tuple[subnets.Subnet, ...]) -> None:
 
 
 def submodels(model: SortedNet) -> tuple[SubModel, ...]:
-  """The product of the dimensions, the full model last; a dimension without a choice is left out of the names."""
+  """The listed sub-models or the product, the full model last; a dimension without a choice is left out of the names."""
   method, config = model.method, model.config
+  if method.listed:
+    varied = [len(set(sizes)) > 1 for sizes in zip(*method.listed)]
+    named = [zip(("depth", "q_per_kv", "d_ff"), sizes, varied) for sizes in method.listed]
+    return tuple(SubModel.of(**{name: size for name, size, shown in sizes if shown}) for sizes in named)
   axes = {"depth": method.depths, "q_per_kv": method.q_per_kv, "d_ff": method.d_ff}
   axes = {name: sizes for name, sizes in axes.items() if sizes} or {"depth": (config.num_layers,)}
   return tuple(SubModel.of(**dict(zip(axes, sizes))) for sizes in itertools.product(*axes.values()))
