@@ -24,7 +24,10 @@ def main(argv: list[str]) -> None:
   runs = argv[1:]
   if _COMPARE.value and not runs:
     cli.fail("--compare needs runs, such as --compare runs/a runs/b")
-  if not _COMPARE.value and (runs or _WORKDIR.value is None):
+  for flag in (_WORKDIR, _STEP, _EXTRACT):
+    if _COMPARE.value and flag.value is not None:
+      cli.fail(f"--{flag.name} does not go with --compare, which takes the newest checkpoint of the runs after the flags")
+  if not _COMPARE.value and (runs or not _WORKDIR.value):
     cli.fail(f"unexpected argument {runs[0]!r}" if runs else "--workdir is missing, such as --workdir=runs/demo")
 
   from adaptive.training import reports
@@ -34,7 +37,7 @@ def main(argv: list[str]) -> None:
   settings = {name: value for name, value in settings.items() if value is not None}
   if _COMPARE.value:
     reports.compare(runs, _OUTPUT.value or str(pathlib.Path(runs[0]).parent / "compare"), **settings)
-  elif _EXTRACT.value:
+  elif _EXTRACT.value is not None:
     reports.extract(_WORKDIR.value, _STEP.value, _EXTRACT.value, _OUTPUT.value)
   else:
     reports.evaluate(_WORKDIR.value, _STEP.value, _OUTPUT.value or _WORKDIR.value, **settings)

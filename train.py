@@ -19,7 +19,7 @@ def main(argv: list[str]) -> None:
     cli.fail(f"unexpected argument {argv[1]!r}")
   if _CONFIG.value is None:
     cli.fail("--config is missing, such as --config=configs/sorted_net_demo.py")
-  if _WORKDIR.value is None and not _DRY_RUN.value:
+  if not _WORKDIR.value and not _DRY_RUN.value:
     cli.fail("--workdir is missing, such as --workdir=runs/demo")
   method, experiment = parse_config(_CONFIG.value)
 

@@ -2,8 +2,12 @@
 
 import os
 import pathlib
+import re
+import runpy
 import sys
+import traceback
 from collections.abc import Callable
+from typing import Any
 
 import jax
 from absl import app
@@ -18,9 +22,9 @@ USER_ERROR = 2
 def run(main: Callable[[list[str]], None]) -> None:
   """Runs `main(argv)`; what the user can mend is told in one line on stderr, with exit code 2."""
 
-  absl_flags.FLAGS.set_default("verbosity", logging.WARNING)  # jax tells at level INFO which devices are not there
-
   def guarded(argv: list[str]) -> None:
+    if "--verbosity" not in " ".join(sys.argv):
+      logging.set_verbosity(logging.WARNING)  # absl's default lets jax tell which devices are not there
     try:
       main(argv)
     except ConfigError as error:
@@ -37,18 +41,53 @@ def fail(message: str) -> None:
 
 def _parse_flags(argv: list[str]) -> list[str]:
   try:
-    return absl_flags.FLAGS(argv)
-  except ConfigError as error:  # raised inside a config file
-    fail(str(error))
-  except (AttributeError, KeyError) as error:  # an override of a field that is not there
-    fail(_unknown_field(argv) or str(error.args[0] if error.args else error))
-  except (absl_flags.Error, TypeError, ValueError, OSError, SyntaxError) as error:
-    fail(str(error))
+    rest = absl_flags.FLAGS(argv)
+    if "config" in absl_flags.FLAGS and absl_flags.FLAGS["config"].present:
+      # A file that is not there raises at the first look at what it should have given.
+      if not hasattr(absl_flags.FLAGS["config"].value, "keys"):
+        fail(f"{_config_path(argv)}: get_config() returned no config")
+    return rest
+  except Exception as error:
+    config = _load_config(argv)  # tells of the file, if that is where the trouble lies
+    fail(_unknown_field(argv, config) or str(error))
 
 
-def _unknown_field(argv: list[str]) -> str | None:
+def _config_path(argv: list[str]) -> str | None:
+  """The value of --config, which may end with an argument of `get_config`, as in configs/x.py:small."""
+  for argument, following in zip(argv[1:], [*argv[2:], None]):
+    name, equals, value = argument.lstrip("-").partition("=")
+    if argument.startswith("-") and name == "config":
+      return value if equals else following
+  return None
+
+
+def _load_config(argv: list[str]) -> Any:
+  """What the config file returns; None without one. Ends the program if the file cannot be read, or raises."""
+  path, _, variant = (_config_path(argv) or "").partition(":")
+  if not path:
+    return None
+  try:
+    return runpy.run_path(path)["get_config"](*([variant] if variant else []))
+  except OSError as error:
+    fail(f"config file {path}: {error.strerror or error}")
+  except SyntaxError as error:
+    fail(f"{path}, line {error.lineno}: {error.msg}")
+  except Exception as error:
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+    fail(f"{path}, line {lines[-1]}: {_in_config_file(error)}" if lines else f"{path} has no function get_config")
+
+
+def _in_config_file(error: Exception) -> str:
+  """ml_collections tells of an unknown field by listing all known ones, over several lines."""
+  text = str(error.args[0] if error.args else error)
+  found = re.search(r'Did you mean "(.+)" instead of "(.+)"\?', text)
+  if found:
+    return f"unknown config field {found[2]}; did you mean {found[1]}?"
+  return text if isinstance(error, ConfigError) else f"{type(error).__name__}: {text}"
+
+
+def _unknown_field(argv: list[str], config: Any) -> str | None:
   """The first override of an unknown field, and the field nearest to it; None when that was not the trouble."""
-  config = absl_flags.FLAGS["config"].value if "config" in absl_flags.FLAGS else None
   for argument in argv[1:]:
     name = argument.lstrip("-").split("=")[0]
     if not name.startswith("config.") or config is None:

@@ -114,8 +114,8 @@ def mask_layers(config: ModelConfig, layers: Params, active: jax.Array, q_per_kv
     q_per_kv, d_ff: widths of each layer, int32 [l]; traced values are welcome.
   """
   group = d_ff // config.ff_groups
-  heads = (jax.numpy.arange(config.q_per_kv) < q_per_kv[:, None]) & active[:, None]
-  channels = (jax.numpy.arange(config.d_ff // config.ff_groups) < group[:, None]) & active[:, None]
+  heads = (jax.numpy.arange(config.q_per_kv)[None] < q_per_kv[:, None]) & active[:, None]
+  channels = (jax.numpy.arange(config.d_ff // config.ff_groups)[None] < group[:, None]) & active[:, None]
   out, down = layers["attention"]["out"], layers["mlp"]["down"]
   return {
     **layers,

@@ -53,7 +53,7 @@ def rope_frequencies(head_size: int, theta: float, scaling: RopeScaling) -> jax.
 def rope_table(config: ModelConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Positions [b, t] -> sin and cos, float32 [b, t, h / 2]."""
   frequencies = rope_frequencies(config.head_size, config.rope_theta, config.rope_scaling)
-  angles = positions.astype(jnp.float32)[..., None] * frequencies
+  angles = positions.astype(jnp.float32)[:, :, None] * frequencies[None, None]
   return jnp.sin(angles), jnp.cos(angles)
 
 
@@ -71,7 +71,7 @@ def segment_mask(segment_ids: jax.Array) -> jax.Array:
   """
   length = segment_ids.shape[1]
   same = segment_ids[:, :, None] == segment_ids[:, None, :]
-  return (same & jnp.tril(jnp.ones((length, length), bool)))[:, None]
+  return (same & jnp.tril(jnp.ones((1, length, length), bool)))[:, None]
 
 
 def cache_mask(index: jax.Array, length: int, slots: int) -> jax.Array:
@@ -108,9 +108,9 @@ class Attention(nn.Module):
     value = jnp.einsum("btd,dkh->btkh", x, param(self, "value", init, (c.d_model, k, h), ("embed", *kv_axes)))
     if c.qkv_bias:
       zeros = nn.initializers.zeros
-      query += param(self, "query_bias", zeros, (k, g, h), q_axes)
-      key += param(self, "key_bias", zeros, (k, h), kv_axes)
-      value += param(self, "value_bias", zeros, (k, h), kv_axes)
+      query += param(self, "query_bias", zeros, (k, g, h), q_axes)[None, None]
+      key += param(self, "key_bias", zeros, (k, h), kv_axes)[None, None]
+      value += param(self, "value_bias", zeros, (k, h), kv_axes)[None, None]
     if c.qk_norm:
       query = RMSNorm(c, "head_dim", name="query_norm")(query)
       key = RMSNorm(c, "head_dim", name="key_norm")(key)

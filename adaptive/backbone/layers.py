@@ -27,7 +27,8 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
   """x / rms(x) * scale over the last axis, in float32 (Zhang and Sennrich 2019); returns x's dtype."""
   x32 = x.astype(jnp.float32)
   inverse = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
-  return (x32 * inverse * scale.astype(jnp.float32)).astype(x.dtype)
+  scale = jnp.expand_dims(scale.astype(jnp.float32), range(x.ndim - 1))
+  return (x32 * inverse * scale).astype(x.dtype)
 
 
 class RMSNorm(nn.Module):

@@ -94,12 +94,13 @@ def measure(
   scores = np.stack([found[index] for index in indices]).astype(np.float64)
   real = scores[0, 3] > 0  # rows that only fill up the last batch hold no tokens
   loss, correct, agreeing, tokens = np.moveaxis(scores[:, :, real], 1, 0)
-  return Quality(loss, correct, agreeing, tokens[0], _commonest(batches))
+  return Quality(loss, correct, agreeing, tokens[0], _commonest(batches, mesh))
 
 
-def _commonest(batches: Sequence[Batch]) -> float:
+def _commonest(batches: Sequence[Batch], mesh: Mesh) -> float:
+  everywhere = jax.jit(lambda *rows: rows, out_shardings=sharding.replicated(mesh))  # a process holds but its own rows
   counts = 0
   for batch in batches:
-    targets, mask = jax.device_get((batch["targets"], batch["segment_ids"]))
+    targets, mask = jax.device_get(everywhere(batch["targets"], batch["segment_ids"]))
     counts = counts + np.bincount(targets[mask > 0], minlength=1 << 18)
   return float(counts.max() / counts.sum())

@@ -36,11 +36,11 @@ def train(run: Run, workdir: str) -> None:
   folder = open_workdir(workdir, run.config_json)
   with Checkpointer(folder / CHECKPOINTS, settings.keep_checkpoints) as checkpointer:
     first = checkpointer.latest_step() or 0
-    state = _restore(run, checkpointer, first)
     resumed = first if first else None
     writers = metric_tools.open_writers(folder, settings, resumed, json.loads(run.config_json))
     with writers, metric_tools.Progress(steps, first) as progress, jax.set_mesh(run.mesh):
       progress.message(_headline(run, first))
+      state = _restore(run, checkpointer, first)
       _steps(run, state, first, checkpointer, writers, progress, started)
 
 

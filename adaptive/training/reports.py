@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from adaptive.evaluation.sweep import sweep
 from adaptive.methods import METHODS
 from adaptive.training.checkpoint import Checkpointer
 from adaptive.training.run import CHECKPOINTS, Run, load_params, load_run
-from adaptive.training.workdir import open_workdir, user_errors
+from adaptive.training.workdir import load_config, open_workdir, user_errors
 
 
 def evaluate(workdir: str, step: int | None, output: str, **settings) -> Family:
@@ -26,6 +27,7 @@ def evaluate(workdir: str, step: int | None, output: str, **settings) -> Family:
   Args:
     step: None is the newest checkpoint. settings: replace fields of the run's evaluation settings.
   """
+  _make_folder(output)
   run = load_run(workdir, **settings)
   step, params = load_params(run, workdir, step)
   family = _sweep(run, workdir, step, params)
@@ -46,6 +48,9 @@ def compare(workdirs: Sequence[str], output: str, **settings) -> None:
   """Draws several runs in one plot, evaluating those that have no results yet (all, if settings are given)."""
   families = []
   for workdir in workdirs:
+    load_config(workdir)
+  _make_folder(output)
+  for workdir in workdirs:
     saved = pathlib.Path(workdir) / "pareto.json"
     if saved.is_file() and not settings:
       families += report.read_json(saved)
@@ -56,6 +61,13 @@ def compare(workdirs: Sequence[str], output: str, **settings) -> None:
       print(f"warning: the runs differ in {note!r}, their losses do not compare", file=sys.stderr)
   print(report.comparison(families))
   _write(families, output)
+
+
+def _make_folder(output: str) -> None:
+  """Finds out that results cannot be written before they have cost anything."""
+  with user_errors(f"cannot write results to {output}"):
+    pathlib.Path(output).mkdir(parents=True, exist_ok=True)
+  require(os.access(output, os.W_OK), f"cannot write results to {output}: Permission denied")
 
 
 def _write(families: Sequence[Family], output: str) -> None:

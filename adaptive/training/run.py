@@ -43,23 +43,33 @@ class Run:
     return configs.to_json(self.experiment, self.method_name)
 
 
-def assemble(method: Method, experiment: Experiment) -> Run:
+def assemble(method: Method, experiment: Experiment, training: bool = True) -> Run:
   """Builds model, optimizer and mesh and loads the data.
+
+  Args:
+    training: whether the devices have to share the training batches too.
 
   Raises:
     ConfigError: the first thing that cannot work, from shapes to data.
   """
   e = experiment
   require(e.seed >= 0, f"seed={e.seed} must not be negative")
+  require(
+    e.model.attention != "cudnn" or (jax.default_backend() == "gpu" and e.model.dtype == "bfloat16"),
+    f"model.attention='cudnn' needs a GPU and model.dtype='bfloat16'; here are {jax.default_backend()} and {e.model.dtype}",
+  )
   model = method.build(e.model, e.method)
   mesh = sharding.make_mesh(e.mesh)
   sizes = dict(vocab=e.model.vocab_size, embed=e.model.d_model, kv_heads=e.model.num_kv_heads, mlp_groups=e.model.ff_groups)
-  sharding.check_divisible(mesh, batch=e.data.batch_size, **sizes)
-  sharding.check_divisible(mesh, batch=e.evaluation.batch_size, **sizes)
-  parts = e.training.grad_accum * method.batch_parts(model)
   devices = sharding.batch_parts(mesh)
   require(
-    e.data.batch_size % (parts * devices) == 0,
+    e.evaluation.batch_size % devices == 0,
+    f"evaluation.batch_size={e.evaluation.batch_size} is not divisible by {devices} data-parallel devices",
+  )
+  sharding.check_divisible(mesh, batch=e.evaluation.batch_size, **sizes)
+  parts = e.training.grad_accum * method.batch_parts(model)
+  require(
+    not training or e.data.batch_size % (parts * devices) == 0,
     f"data.batch_size={e.data.batch_size} must be a multiple of {parts * devices}: {parts} micro-batches (training."
     f"grad_accum x sub-models that split a batch) on {devices} data-parallel devices",
   )
@@ -75,8 +85,11 @@ def load_run(workdir: str, **overrides) -> Run:
   """
   method, experiment = parse_config(load_config(workdir))
   evaluation = dataclasses.replace(experiment.evaluation, **overrides)
-  # The mesh that trained the run need not exist here; any other holds the same parameters.
-  return assemble(method, dataclasses.replace(experiment, evaluation=evaluation, mesh=configs.MeshConfig()))
+  # The mesh that trained the run need not exist here; any other holds the same parameters and scores the same rows.
+  devices = jax.device_count()
+  evaluation = dataclasses.replace(evaluation, batch_size=-(-evaluation.batch_size // devices) * devices)
+  experiment = dataclasses.replace(experiment, evaluation=evaluation, mesh=configs.MeshConfig())
+  return assemble(method, experiment, training=False)
 
 
 def load_params(run: Run, workdir: str, step: int | None = None) -> tuple[int, Params]:

@@ -1,0 +1,126 @@
+import dataclasses
+import inspect
+import json
+
+import jax
+import ml_collections
+import numpy as np
+import pytest
+import tiny
+
+from adaptive import config as configs
+from adaptive import methods
+from adaptive.backbone.transformer import Transformer
+from adaptive.config import ConfigError
+from adaptive.methods import METHODS
+from adaptive.methods.contract import Method, SubModel
+from adaptive.methods.width import sorted_net
+
+# Settings that leave each method something to choose.
+SETTINGS = {"sorted_net": dict(depths=(2, 4), q_per_kv=(1, 3), d_ff=(8, 24))}
+FUNCTIONS = [name for name, value in vars(Method).items() if inspect.isfunction(value) and not name.startswith("_")]
+MODEL = tiny.model_config()
+every_method = pytest.mark.parametrize("name", METHODS)
+
+
+def built(name):
+  method = METHODS[name]
+  return method, method.build(MODEL, method.Config(**SETTINGS.get(name, {})))
+
+
+@every_method
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_every_method_has_every_function_with_the_contract_s_parameters(name, function):
+  wanted = [p for p in inspect.signature(getattr(Method, function)).parameters if p != "self"]
+  assert list(inspect.signature(getattr(METHODS[name], function)).parameters) == wanted
+
+
+def test_the_contract_asks_for_what_this_file_checks():
+  assert {"build", "submodels", "sample", "loss", "forward", "cost", "extract"} <= set(FUNCTIONS)
+
+
+@every_method
+def test_a_method_s_config_is_frozen_and_hashable(name):
+  config = METHODS[name].Config(**SETTINGS.get(name, {}))
+  assert dataclasses.is_dataclass(config)
+  assert type(config).__dataclass_params__.frozen
+  hash(config)
+
+
+@every_method
+def test_the_full_dial_is_the_dense_model(name):
+  method, model = built(name)
+  params, batch = tiny.random_params(MODEL), tiny.packed_batch(MODEL)
+  plain = jax.jit(Transformer(MODEL).apply)({"params": params}, batch)
+  last = len(method.submodels(model)) - 1
+  for index in (last, np.int32(last)):
+    found = jax.jit(lambda p, i=index: method.forward(model, p, batch, i).logits)(params)
+    np.testing.assert_array_equal(found, plain)
+  np.testing.assert_array_equal(jax.jit(model.apply)({"params": params}, batch), plain)
+  config, extracted = method.extract(model, params, method.submodels(model)[-1])
+  assert config == MODEL
+  tiny.assert_trees_equal(extracted, params)
+
+
+@every_method
+def test_names_are_unique_and_costs_grow_to_the_full_model(name):
+  method, model = built(name)
+  submodels = method.submodels(model)
+  assert len({s.name for s in submodels}) == len(submodels)
+  costs = [method.cost(model, s, 16, {}) for s in submodels]
+  assert max(costs, key=lambda c: c.flops_per_token) == costs[-1]
+  assert costs[-1].params_total == sum(leaf.size for leaf in jax.tree.leaves(tiny.random_params(MODEL)))
+
+
+@every_method
+def test_samples_are_indices_of_sub_models_and_the_loss_takes_them(name):
+  method, model = built(name)
+  choice = method.sample(model, 0, 0)
+  assert set(choice) <= set(range(len(method.submodels(model))))
+  batch = tiny.packed_batch(MODEL, rows=4)
+  argument = choice if method.static_choice(model) else np.asarray(choice, np.int32)
+  loss, metrics = method.loss(model, tiny.random_params(MODEL), batch, argument, jax.random.key(0), 0)
+  total, count = metrics["loss"]
+  assert np.isfinite(float(loss))
+  assert float(count) == float((batch["segment_ids"] > 0).sum())
+  assert all(np.shape(s) == np.shape(c) in ((), (len(choice),)) for s, c in metrics.values())
+  assert np.isfinite(float(total))
+
+
+@every_method
+def test_a_default_config_makes_the_round_trip(name):
+  config = methods.default_config(name)
+  assert isinstance(config, ml_collections.ConfigDict)
+  method, experiment = methods.parse_config(config)
+  assert method is METHODS[name]
+  assert experiment.method == method.Config()
+  again = methods.parse_config(json.loads(configs.to_json(experiment, name)))
+  assert again == (method, experiment)
+
+
+@every_method
+def test_an_unknown_field_of_a_method_is_refused_where_it_is_written(name):
+  config = methods.default_config(name)
+  with pytest.raises(AttributeError):
+    config.method.dephts = (1,)
+  with pytest.raises(ConfigError, match="unknown config field method.dephts"):
+    methods.parse_config({"method": {"name": name, "dephts": (1,)}})
+
+
+def test_the_nearest_field_is_named():
+  with pytest.raises(ConfigError, match="did you mean method.depths?"):
+    methods.parse_config({"method": {"name": "sorted_net", "dephts": (1,)}})
+
+
+def test_an_unknown_method_is_refused_with_the_known_ones():
+  with pytest.raises(ConfigError, match=r"unknown method 'sortednet'; the methods are dense, sorted_net"):
+    methods.default_config("sortednet")
+  with pytest.raises(ConfigError, match=r"method.name is missing"):
+    methods.parse_config({"method": {}})
+
+
+def test_a_sub_model_is_a_named_hashable_dial():
+  submodel = SubModel.of(depth=3, threshold=0.5)
+  assert (submodel.name, submodel["depth"]) == ("depth=3,threshold=0.5", 3)
+  assert len({submodel, SubModel.of(depth=3, threshold=0.5)}) == 1
+  assert sorted_net.submodels(built("sorted_net")[1])[-1] == SubModel.of(depth=4, q_per_kv=3, d_ff=24)

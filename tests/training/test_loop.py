@@ -1,0 +1,180 @@
+"""The loop from end to end on tiny runs; a stopped and resumed run must be the one that never stopped, bit for bit."""
+
+import os
+
+import jax
+import numpy as np
+import pytest
+import tiny_run
+from jax.experimental.compilation_cache import compilation_cache
+
+from adaptive.config import ConfigError
+from adaptive.training import loop
+
+STEPS, CHECKPOINT, KILLED = 8, 4, 6
+
+VARIANTS = {
+  "dense": ("dense", {"mesh.fsdp": 2}),
+  "switch": ("sorted_net", {"method.num_sampled": 3, "method.accum_data": "shared"}),
+  "static": ("sorted_net", {"method.executor": "static", "method.num_sampled": 1}),
+  "sandwich": ("sorted_net", {
+    "method.scheme": "sandwich", "method.accum_data": "shared", "method.distill": 0.5, "training.optimizer.name": "muon",
+  }),
+  "grad_accum": ("sorted_net", {"training.grad_accum": 2, "mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compile_fast(tmp_path_factory):
+  """Compiling is nearly all that these tests do: it is done once per program, and without XLA's dearer passes."""
+  settings = {
+    "jax_disable_most_optimizations": True,
+    "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("cache")),
+    "jax_persistent_cache_min_compile_time_secs": 0.0,
+  }
+  before = {name: jax.config.values[name] for name in settings}
+  for chosen in (settings, before):
+    for name, value in chosen.items():
+      jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    if chosen is settings:
+      yield
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+  return tiny_run.corpus(tmp_path_factory.mktemp("data") / "corpus")
+
+
+@pytest.fixture(scope="module")
+def straight(data, tmp_path_factory):
+  """(run, workdir) of a variant trained without a stop; made once."""
+  made = {}
+
+  def get(name):
+    if name not in made:
+      method, fields = VARIANTS[name]
+      made[name] = tiny_run.assemble(data, method, **fields), tmp_path_factory.mktemp(name) / "straight"
+      loop.train(*made[name])
+    return made[name]
+
+  return get
+
+
+class Killed(Exception):  # noqa: N818 - stands for a signal
+  pass
+
+
+def train_until_killed(run, workdir, monkeypatch):
+  """Dies when the batch of step KILLED is asked for: steps after the checkpoint are done, and written, in vain."""
+  real = loop.train_batches
+
+  def batches(*args):
+    for i, batch in enumerate(real(*args)):
+      if i == KILLED:
+        raise Killed
+      yield batch
+
+  with monkeypatch.context() as patch:
+    patch.setattr(loop, "train_batches", batches)
+    with pytest.raises(Killed):
+      loop.train(run, str(workdir))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_resume_is_bit_exact(name, data, straight, tmp_path, monkeypatch):
+  run, whole = straight(name)
+  assert CHECKPOINT * 16 < len(run.dataset.train) < STEPS * 16, "the resumed part has to cross the border of an epoch"
+  method, fields = VARIANTS[name]
+  stopped = tiny_run.assemble(data, method, **fields, **{"training.checkpoint_every": CHECKPOINT})
+  train_until_killed(stopped, tmp_path, monkeypatch)
+  assert [line["step"] for line in tiny_run.lines(tmp_path)] == list(range(1, KILLED))
+  assert os.listdir(tmp_path / "checkpoints") == [str(CHECKPOINT)]
+
+  loop.train(stopped, str(tmp_path))
+  assert tiny_run.lines(tmp_path) == tiny_run.lines(whole)
+  one, other = (tiny_run.checkpoint(run, folder, STEPS) for folder in (whole, tmp_path))
+  assert one.keys() == other.keys()
+  for path in one:
+    np.testing.assert_array_equal(other[path], one[path], err_msg=path, strict=True)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_run_learns_and_leaves_its_files(name, straight):
+  _, workdir = straight(name)
+  assert sorted(os.listdir(workdir)) == ["checkpoints", "config.json", "metrics.jsonl", "versions.json"]
+  assert os.listdir(workdir / "checkpoints") == [str(STEPS)]
+  lines = tiny_run.lines(workdir)
+  assert [line["step"] for line in lines] == [*range(1, STEPS + 1), STEPS]
+  training, validation = lines[:-1], lines[-1]
+  assert training[0]["loss"] == pytest.approx(np.log(264), abs=0.05)
+  assert training[-1]["loss"] < training[0]["loss"] - 1
+  assert validation["validation/loss"] < training[0]["loss"] - 1
+  assert validation["validation/loss"] in [v for k, v in validation.items() if k.startswith("validation/loss/")]
+  assert all(np.isfinite(list(line.values())).all() for line in lines)
+
+
+def test_metrics_of_each_sampled_sub_model(straight):
+  run, workdir = straight("switch")
+  names = [s.name for s in run.method.submodels(run.model)]
+  for line in tiny_run.lines(workdir)[:-1]:
+    sampled = {names[i] for i in run.method.sample(run.model, 0, line["step"] - 1)}
+    found = {k.removeprefix("submodel_loss/"): v for k, v in line.items() if k.startswith("submodel_loss/")}
+    assert found.keys() == sampled
+    assert np.mean(list(found.values())) == pytest.approx(line["loss"], rel=1e-5)
+
+
+def test_a_finished_run_started_again_changes_nothing(straight):
+  run, workdir = straight("dense")
+
+  def contents():
+    return {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in sorted(workdir.rglob("*")) if p.is_file()}
+
+  before = contents()
+  loop.train(run, workdir)
+  assert contents() == before
+
+
+def assert_close(lines, expected):
+  assert [line.keys() for line in lines] == [line.keys() for line in expected]
+  for line, other in zip(lines, expected):
+    np.testing.assert_allclose(list(line.values()), list(other.values()), rtol=1e-5, err_msg=str(line["step"]))
+
+
+@pytest.mark.parametrize("mesh", [(2, 2, 2), (1, 4, 2)])
+def test_losses_do_not_depend_on_the_mesh(mesh, data, straight, tmp_path, monkeypatch):
+  """The run of 8 data-parallel devices, once straight on another mesh, once stopped and resumed on it."""
+  _, whole = straight("switch")
+  method, fields = VARIANTS["switch"]
+  here = tiny_run.assemble(data, method, **fields, **dict(zip(("mesh.data", "mesh.fsdp", "mesh.tensor"), mesh)))
+  loop.train(here, tmp_path / "straight")
+  assert_close(tiny_run.lines(tmp_path / "straight"), tiny_run.lines(whole))
+
+  first = tiny_run.assemble(data, method, **fields, **{"training.checkpoint_every": CHECKPOINT})
+  train_until_killed(first, tmp_path / "moved", monkeypatch)
+  loop.train(here, tmp_path / "moved")
+  moved = tiny_run.lines(tmp_path / "moved")
+  assert moved[:CHECKPOINT] == tiny_run.lines(whole)[:CHECKPOINT]
+  assert_close(moved, tiny_run.lines(whole))
+
+
+def test_evaluations_checkpoints_and_log_lines_fall_due(data, straight, tmp_path):
+  due = {"training.eval_every": 3, "training.checkpoint_every": 2, "training.keep_checkpoints": 3, "training.log_every": 5}
+  loop.train(tiny_run.assemble(data, "dense", **VARIANTS["dense"][1], **due), tmp_path)
+  lines = tiny_run.lines(tmp_path)
+  assert [line["step"] for line in lines if "validation/loss" in line] == [3, 6, 8]
+  assert [line["step"] for line in lines if "loss" in line] == [1, 5, 8]
+  assert sorted(os.listdir(tmp_path / "checkpoints")) == ["4", "6", "8"]
+  # Looking does not change what is seen.
+  _, whole = straight("dense")
+  assert lines[-1] == tiny_run.lines(whole)[-1]
+
+
+def test_another_config_or_a_file_is_no_workdir(data, straight, tmp_path):
+  _, workdir = straight("dense")
+  method, fields = VARIANTS["dense"]
+  with pytest.raises(ConfigError, match="holds another config: seed: 0 -> 1; choose another --workdir"):
+    loop.train(tiny_run.assemble(data, method, **fields, seed=1), workdir)
+  (tmp_path / "file").write_text("")
+  with pytest.raises(ConfigError, match="cannot use .* as workdir"):
+    loop.train(straight("dense")[0], tmp_path / "file")
