@@ -14,5 +14,7 @@ def get_config():
   # Deep and thin sub-models lose to shallow and wide ones of the same cost, so the deeper, the wider.
   sizes = [(depth, 2, d_ff) for depth in range(2, 7) for d_ff in range(128, 385, 64) if d_ff >= 64 * (depth - 1)]
   config.method.update(listed=tuple(sizes), scheme="sandwich", num_sampled=4)
-  config.training.update(steps=300)
+  config.training.update(steps=250)
+  config.training.optimizer.update(name="muon", warmup_steps=40)
+  config.evaluation.update(rows=128)
   return config

@@ -11,7 +11,7 @@ import jax
 
 from adaptive import config as configs
 from adaptive import sharding
-from adaptive.config import require
+from adaptive.config import ConfigError, require
 from adaptive.evaluation import report
 from adaptive.evaluation.results import Family
 from adaptive.evaluation.sweep import sweep
@@ -27,8 +27,8 @@ def evaluate(workdir: str, step: int | None, output: str, **settings) -> Family:
   Args:
     step: None is the newest checkpoint. settings: replace fields of the run's evaluation settings.
   """
-  _make_folder(output)
   run = load_run(workdir, **settings)
+  _make_folder(output)
   step, params = load_params(run, workdir, step)
   family = _sweep(run, workdir, step, params)
   if jax.process_index() == 0:
@@ -46,21 +46,37 @@ def _sweep(run: Run, workdir: str, step: int, params) -> Family:
 
 def compare(workdirs: Sequence[str], output: str, **settings) -> None:
   """Draws several runs in one plot, evaluating those that have no results yet (all, if settings are given)."""
-  families = []
-  for workdir in workdirs:
+  folders = [pathlib.Path(workdir).absolute() for workdir in workdirs]
+  for workdir, folder in zip(workdirs, folders):
+    require(folders.count(folder) == 1, f"--compare names {workdir} twice")
     load_config(workdir)
   _make_folder(output)
-  for workdir in workdirs:
-    saved = pathlib.Path(workdir) / "pareto.json"
-    if saved.is_file() and not settings:
-      families += report.read_json(saved)
-    else:
-      families.append(evaluate(workdir, None, workdir, **settings))
+  families = []
+  for workdir, folder in zip(workdirs, folders):
+    found = (not settings and _saved(folder)) or [evaluate(workdir, None, workdir, **settings)]
+    if [other.name for other in folders].count(folder.name) > 1:  # a/demo and b/demo would both be "demo"
+      found = [dataclasses.replace(family, label=workdir) for family in found]
+    families += found
   for note in ("data", "held out"):
     if len({family.notes.get(note) for family in families}) > 1:
       print(f"warning: the runs differ in {note!r}, their losses do not compare", file=sys.stderr)
   print(report.comparison(families))
   _write(families, output)
+
+
+def _saved(folder: pathlib.Path) -> list[Family]:
+  """What `evaluate` wrote into a workdir, if that was for the newest checkpoint; else empty."""
+  file = folder / "pareto.json"
+  if not file.is_file():
+    return []
+  try:
+    families = report.read_json(file)
+  except ValueError as error:
+    raise ConfigError(f"cannot read {file}: {error}; delete it, and the run is evaluated again") from error
+  with Checkpointer(folder / CHECKPOINTS, keep=None) as checkpointer:
+    newest = checkpointer.latest_step()
+  current = all(family.notes.get("trained", "").startswith(f"{newest} steps,") for family in families)
+  return families if current or newest is None else []
 
 
 def _make_folder(output: str) -> None:

@@ -53,7 +53,7 @@ def assemble(method: Method, experiment: Experiment, training: bool = True) -> R
     ConfigError: the first thing that cannot work, from shapes to data.
   """
   e = experiment
-  require(e.seed >= 0, f"seed={e.seed} must not be negative")
+  require(0 <= e.seed < 2**32, f"seed={e.seed} must lie in 0 .. {2**32 - 1}")
   require(
     e.model.attention != "cudnn" or (jax.default_backend() == "gpu" and e.model.dtype == "bfloat16"),
     f"model.attention='cudnn' needs a GPU and model.dtype='bfloat16'; here are {jax.default_backend()} and {e.model.dtype}",

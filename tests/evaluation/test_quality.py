@@ -43,9 +43,11 @@ def reference(run, params, rows):
   """Per sub-model and row: (loss, correct, agreeing, tokens), [n, r, 4], from the statically cut-out sub-models."""
   indices = range(len(run.method.submodels(run.model)))
   found = np.zeros((len(indices), len(rows), 4))
+  batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+  forward = jax.jit(lambda params, batch, i: run.method.forward(run.model, params, batch, i).logits, static_argnums=2)
+  outputs = [np.asarray(forward(params, batch, i), np.float64) for i in indices]
   for r, row in enumerate(rows):
-    batch = {name: values[None] for name, values in row.items()}
-    logits = [np.asarray(run.method.forward(run.model, params, batch, i).logits, np.float64)[0] for i in indices]
+    logits = [output[r] for output in outputs]
     for t, target in enumerate(row["targets"]):
       if row["segment_ids"][t] == 0:
         continue

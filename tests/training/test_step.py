@@ -1,0 +1,114 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from adaptive import sharding
+from adaptive.config import OptimizerConfig
+from adaptive.methods import METHODS
+from adaptive.training import optim
+from adaptive.training import state as states
+from adaptive.training.step import compile_step, make_step
+
+MODEL = tiny.model_config(num_layers=2)
+BATCH = tiny.packed_batch(MODEL, rows=8)
+SETTINGS = {"dense": {}, "sorted_net": dict(d_ff=(8, 24), accum_data="shared", executor="mask", scheme="all")}
+
+
+def build(name="dense", optimizer="adamw", warmup=0):
+  method = METHODS[name]
+  model = method.build(MODEL, method.Config(**SETTINGS[name]))
+  settings = OptimizerConfig(name=optimizer, warmup_steps=warmup, learning_rate=0.01)
+  return method, model, optim.make_optimizer(settings, 10)
+
+
+def run(mesh, steps=2):
+  """State after some compiled steps of SortedNet, the metrics of the last, and the state before the first."""
+  method, model, optimizer = build("sorted_net")
+  first = state = states.create(model, optimizer, mesh, seed=0)
+  step = compile_step(method, model, optimizer, mesh, 0, 1)
+  with jax.set_mesh(mesh):
+    batch = sharding.global_batch(BATCH, mesh)
+    for _ in range(steps):
+      state, metrics = step(state, batch, np.asarray(method.sample(model, 0, 0), np.int32))
+  return state, metrics, first
+
+
+def single():
+  return sharding.make_mesh(dataclasses.replace(sharding.MeshConfig(), data=1), jax.devices()[:1])
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_one_by_eight_rows_equals_eight_by_one(name):
+  """Gradients, seen through one step of plain descent, with micro-batches of unequal numbers of tokens."""
+  method, model, _ = build(name)
+  tokens = np.sum(np.asarray(BATCH["segment_ids"]) > 0, axis=1)
+  assert len(set(tokens.tolist())) > 1
+  descent = optim.optax.sgd(1.0)
+  params = tiny.random_params(MODEL)
+  start = states.TrainState(jnp.int32(0), params, descent.init(params))
+  choice = jnp.asarray(method.sample(model, 0, 0))
+  results = [jax.jit(make_step(method, model, descent, 0, parts))(start, BATCH, choice) for parts in (1, 8)]
+  moved = [jax.tree.map(lambda a, b: a - b, state.params, params) for state, _ in results]
+  tiny.assert_trees_close(moved[1], moved[0], rtol=1e-5, atol=1e-6)
+  metrics = [m for _, m in results]
+  tiny.assert_trees_close(metrics[1], metrics[0], rtol=1e-5)
+  assert float(metrics[0]["loss"][1]) == tokens.sum() * len(choice)
+
+
+@pytest.fixture(scope="module")
+def on_eight():
+  return run(tiny.mesh(2, 2, 2))
+
+
+def test_eight_devices_learn_what_one_learns(on_eight):
+  one, found = (jax.device_get(ran[:2]) for ran in (run(single()), on_eight))
+  tiny.assert_trees_close(found[1], one[1], rtol=1e-5)
+  for a, b in zip(jax.tree.leaves(found[0].params), jax.tree.leaves(one[0].params)):
+    np.testing.assert_allclose(a, b, atol=1e-4)  # Adam's first steps divide gradients by themselves
+  assert found[0].step == one[0].step == 2
+  assert float(one[1]["grad_norm"][0]) > 0
+
+
+def test_the_state_is_donated(on_eight):
+  state, _, first = on_eight
+  assert all(leaf.is_deleted() for leaf in jax.tree.leaves((first.params, first.opt_state)))
+  assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+
+
+def test_a_step_leaves_the_state_in_its_shards(on_eight):
+  _, model, optimizer = build("sorted_net")
+  expected = states.shardings(model, optimizer, tiny.mesh(2, 2, 2)).params
+  assert jax.tree.map(lambda x: x.sharding, on_eight[0].params) == expected
+
+
+def test_a_state_depends_on_its_seed_but_not_on_its_mesh():
+  _, model, optimizer = build()
+  make = lambda mesh, seed: jax.device_get(states.create(model, optimizer, mesh, seed).params)
+  alone = make(single(), 3)
+  tiny.assert_trees_equal(make(tiny.mesh(2, 2, 2), 3), alone)
+  other = make(single(), 4)
+  assert not np.array_equal(other["embedding"]["table"], alone["embedding"]["table"])
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_moments_lie_with_their_parameters(optimizer):
+  _, model, optimizer = build(optimizer=optimizer)
+  abstract = states.abstract(model, optimizer, tiny.mesh(2, 2, 2))
+  places = {leaf.shape: leaf.sharding for leaf in jax.tree.leaves(abstract.params)}
+  moments = [leaf for leaf in jax.tree.leaves(abstract.opt_state) if leaf.ndim > 1]
+  assert len(moments) >= len(jax.tree.leaves(abstract.params))
+  for leaf in moments:
+    assert leaf.sharding == places[leaf.shape]
+  assert any(not leaf.sharding.is_fully_replicated for leaf in moments)
+
+
+def test_an_abstract_state_is_that_which_is_created():
+  _, model, optimizer = build(optimizer="muon")
+  mesh = tiny.mesh(2, 2, 2)
+  created, abstract = states.create(model, optimizer, mesh, 0), states.abstract(model, optimizer, mesh)
+  describe = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), tree)
+  assert describe(created) == describe(abstract)
