@@ -17,6 +17,7 @@ from absl import logging
 from adaptive.config import ConfigError, nearest
 
 USER_ERROR = 2
+INTERRUPTED = 130
 
 
 def run(main: Callable[[list[str]], None]) -> None:
@@ -29,6 +30,9 @@ def run(main: Callable[[list[str]], None]) -> None:
       main(argv)
     except ConfigError as error:
       fail(str(error))
+    except KeyboardInterrupt:
+      print("interrupted; the same command goes on from the newest checkpoint", file=sys.stderr)
+      sys.exit(INTERRUPTED)
 
   app.run(guarded, flags_parser=_parse_flags)
 

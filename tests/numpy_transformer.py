@@ -12,10 +12,12 @@ import numpy as np
 def logits(config, params, batch) -> np.ndarray:
   """[b, t, v]."""
   params = _as_float64(params)
-  return np.stack([
-    _row(config, params, np.asarray(tokens), np.asarray(segments), np.asarray(positions))
-    for tokens, segments, positions in zip(batch["inputs"], batch["segment_ids"], batch["positions"])
-  ])
+  return np.stack(
+    [
+      _row(config, params, np.asarray(tokens), np.asarray(segments), np.asarray(positions))
+      for tokens, segments, positions in zip(batch["inputs"], batch["segment_ids"], batch["positions"])
+    ]
+  )
 
 
 def _as_float64(tree):
@@ -86,9 +88,7 @@ def _heads(config, weights, name, where, xs):
 def rotate(config, x, position):
   """RoPE as multiplication of complex numbers, of which x holds the real parts and then the imaginary parts."""
   half = len(x) // 2
-  turned = [
-    complex(x[i], x[i + half]) * cmath.exp(1j * position * frequency(config, i, len(x))) for i in range(half)
-  ]
+  turned = [complex(x[i], x[i + half]) * cmath.exp(1j * position * frequency(config, i, len(x))) for i in range(half)]
   return np.array([z.real for z in turned] + [z.imag for z in turned])
 
 

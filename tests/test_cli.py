@@ -118,6 +118,15 @@ def test_extracted_sub_model_is_a_dense_run_with_the_same_loss(place, trained, e
   assert config["method"] == {"name": "dense"}
   assert (config["model"]["num_layers"], config["model"]["d_ff"]) == (1, 16)
 
+  again = [f"--config={place.config}", f"--workdir={small}"]
+  told = place.run_many({
+    "extract": ["eval.py", f"--workdir={workdir}", f"--extract={name}", f"--output={small}"],
+    "train": ["train.py", *again],
+  })  # fmt: skip
+  assert told["extract"]["err"] == f"error: {small} holds an extracted model already; choose another --output\n"
+  assert "small holds another config: " in told["train"]["err"]
+  assert [result["code"] for result in told.values()] == [2, 2]
+
   place.run("eval.py", f"--workdir={small}", "--nolatency")
   (alone,) = results(small).values()
   within = results(workdir)[name]
@@ -158,8 +167,10 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(place, trained, tmp_pat
     assert time.monotonic() < deadline
     time.sleep(0.005)
   process.send_signal(sign)
-  process.communicate(timeout=60)
-  assert process.returncode != 0
+  _, err = process.communicate(timeout=60)
+  if sign == signal.SIGINT:
+    assert err.decode().splitlines()[-1] == "interrupted; the same command goes on from the newest checkpoint"
+  assert process.returncode == (130 if sign == signal.SIGINT else -sign)
   done = place.run(*command)
   assert "resuming at step " in done.stderr
   assert tiny_run.lines(tmp_path) == tiny_run.lines(trained[0])

@@ -202,7 +202,8 @@ def operations(text):
 
 def test_switch_branches_in_the_compiled_program_and_mask_does_not():
   counts = {
-    name: operations(fn.lower(PARAMS, BATCH, 0).compile().as_text()) for name, fn in (("switch", SWITCH), ("mask", MASK))
+    name: operations(fn.lower(PARAMS, BATCH, 0).compile().as_text())
+    for name, fn in (("switch", SWITCH), ("mask", MASK))
   }
   assert counts["switch"]["conditional"] >= 2, "one in the forward pass, one in the backward pass"
   assert counts["mask"]["conditional"] == 0

@@ -10,7 +10,8 @@ from adaptive.config import ConfigError, MeshConfig
 
 
 @pytest.mark.parametrize(("sizes", "expected"), [
-  ((-1, 1, 1), (8, 1, 1)), ((2, -1, 2), (2, 2, 2)), ((1, 2, -1), (1, 2, 4)), ((2, 2, 2), (2, 2, 2)), ((8, -1, 1), (8, 1, 1)),
+  ((-1, 1, 1), (8, 1, 1)), ((2, -1, 2), (2, 2, 2)), ((1, 2, -1), (1, 2, 4)), ((2, 2, 2), (2, 2, 2)),
+  ((8, -1, 1), (8, 1, 1)),
 ])  # fmt: skip
 def test_minus_one_takes_the_devices_that_are_left(sizes, expected):
   assert sharding.mesh_shape(MeshConfig(*sizes), 8) == expected

@@ -13,8 +13,9 @@ from adaptive.config import MeshConfig, ModelConfig
 def model_config(**changes) -> ModelConfig:
   """Four layers, two groups of three query heads, and heads that do not add up to d_model."""
   fields = dict(
-    vocab_size=32, num_layers=4, d_model=16, d_ff=24, num_heads=6, num_kv_heads=2, head_dim=4, ff_groups=2, scan_unroll=1
-  )
+    vocab_size=32, num_layers=4, d_model=16, d_ff=24, num_heads=6, num_kv_heads=2, head_dim=4, ff_groups=2,
+    scan_unroll=1,
+  )  # fmt: skip
   return ModelConfig(**{**fields, **changes})
 
 

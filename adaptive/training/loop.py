@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from adaptive.config import require
 from adaptive.data import train_batches, validation_batches
 from adaptive.evaluation import quality
 from adaptive.methods.contract import Metrics, SubModel
@@ -29,19 +30,31 @@ def train(run: Run, workdir: str) -> None:
   """Trains to the config's last step, from the newest checkpoint of the workdir if there is one.
 
   Raises:
-    ConfigError: the workdir holds another config, or cannot be written.
+    ConfigError: the workdir holds another config, was trained on other data, or cannot be written.
   """
   started = time.monotonic()
   settings, steps = run.experiment.training, run.experiment.training.steps
   folder = open_workdir(workdir, run.config_json)
   with Checkpointer(folder / CHECKPOINTS, settings.keep_checkpoints) as checkpointer:
     first = checkpointer.latest_step() or 0
+    if first:
+      _check_origin(run, workdir, checkpointer.metadata(first))
     resumed = first if first else None
     writers = metric_tools.open_writers(folder, settings, resumed, json.loads(run.config_json))
     with writers, metric_tools.Progress(steps, first) as progress, jax.set_mesh(run.mesh):
       progress.message(_headline(run, first))
       state = _restore(run, checkpointer, first)
       _steps(run, state, first, checkpointer, writers, progress, started)
+
+
+def _check_origin(run: Run, workdir: str, metadata: Mapping[str, Any]) -> None:
+  """Raises ConfigError unless the checkpoint is a training's on the data of this run."""
+  require("extracted_from" not in metadata, f"{workdir} holds an extracted sub-model, which has no optimizer to go on with")
+  require(
+    metadata["data"] == run.dataset.fingerprint,
+    f"{workdir} was trained on other data: its fingerprint is {metadata['data']}, that of {run.dataset.description} is "
+    f"{run.dataset.fingerprint}; choose another --workdir",
+  )
 
 
 def _steps(run: Run, state: TrainState, first: int, checkpointer, writers, progress, started: float) -> None:

@@ -110,6 +110,8 @@ def extract(workdir: str, step: int | None, name: str, output: str | None) -> No
   folder = open_workdir(output, configs.to_json(dense, "dense"))
   origin = {"submodel": name, "method": run.method_name, "config": json.loads(run.config_json)}
   with Checkpointer(folder / CHECKPOINTS, keep=1) as checkpointer:
+    # Saving a step that is there already does nothing, and an older step would not be the newest.
+    require(not checkpointer.steps(), f"{output} holds an extracted model already; choose another --output")
     small = jax.device_put(small, sharding.replicated(run.mesh))
     checkpointer.save(step, {"params": small}, {"step": step, "extracted_from": origin})
   print(f"wrote {name} to {folder}; evaluate it with: python eval.py --workdir={output}")

@@ -181,7 +181,7 @@ def test_every_parameter_names_its_axes(variant):
     assert isinstance(box, nn.LogicallyPartitioned)
     assert len(box.names) == box.value.ndim
     assert set(box.names) <= known
-  assert sum("layers" == box.names[0] for box in boxes) == len(boxes) - (2 if variant != "untied" else 3)
+  assert sum(box.names[0] == "layers" for box in boxes) == len(boxes) - (2 if variant != "untied" else 3)
 
 
 def test_initial_residual_outputs_shrink_with_depth():

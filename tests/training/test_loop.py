@@ -1,5 +1,6 @@
 """The loop from end to end on tiny runs; a stopped and resumed run must be the one that never stopped, bit for bit."""
 
+import dataclasses
 import os
 
 import jax
@@ -8,6 +9,7 @@ import pytest
 import tiny_run
 from jax.experimental.compilation_cache import compilation_cache
 
+from adaptive import config as configs
 from adaptive.config import ConfigError
 from adaptive.training import loop
 
@@ -25,10 +27,9 @@ VARIANTS = {
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _compile_fast(tmp_path_factory):
-  """Compiling is nearly all that these tests do: it is done once per program, and without XLA's dearer passes."""
+def _compile_once(tmp_path_factory):
+  """Three runs of a variant compile the same programs, as the runs of a user do, who has a cache too."""
   settings = {
-    "jax_disable_most_optimizations": True,
     "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("cache")),
     "jax_persistent_cache_min_compile_time_secs": 0.0,
   }
@@ -168,6 +169,26 @@ def test_evaluations_checkpoints_and_log_lines_fall_due(data, straight, tmp_path
   # Looking does not change what is seen.
   _, whole = straight("dense")
   assert lines[-1] == tiny_run.lines(whole)[-1]
+
+
+def test_other_data_under_the_same_name_is_refused(straight, tmp_path):
+  """A run whose corpus changed between two starts would be neither the one run nor the other."""
+  run, workdir = straight("dense")
+  other = dataclasses.replace(run, dataset=dataclasses.replace(run.dataset, fingerprint="0123456789abcdef"))
+  before = (workdir / "metrics.jsonl").read_bytes()
+  with pytest.raises(ConfigError, match="was trained on other data: its fingerprint is .*0123456789abcdef; choose another"):
+    loop.train(other, workdir)
+  assert (workdir / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_run_is_evaluated_on_devices_that_could_not_have_trained_it(data, tmp_path):
+  method, experiment = tiny_run.parse_config(
+    tiny_run.config(data, **{"data.batch_size": 6, "evaluation.batch_size": 5, "mesh.tensor": 3})
+  )
+  (tmp_path / "config.json").write_text(configs.to_json(experiment, "sorted_net"))
+  run = tiny_run.run.load_run(tmp_path, rows=7)
+  assert dict(run.mesh.shape) == {"data": 8, "fsdp": 1, "tensor": 1}
+  assert (run.experiment.evaluation.rows, run.experiment.evaluation.batch_size) == (7, 8)
 
 
 def test_another_config_or_a_file_is_no_workdir(data, straight, tmp_path):

@@ -119,7 +119,8 @@ def test_an_update_on_eight_devices_is_that_of_one(name):
 def test_gradients_are_clipped_by_their_global_norm():
   grads = {"w": jnp.array([3.0, 4.0]) * 1e3}
   for clip, same in ((1.0, False), (0.0, True)):
-    optimizer = optim.make_optimizer(OptimizerConfig(**{**SETTLED, "clip_norm": clip, "weight_decay": 0.0, "eps": 1.0}), 10)
+    settings = {**SETTLED, "clip_norm": clip, "weight_decay": 0.0, "eps": 1.0}
+    optimizer = optim.make_optimizer(OptimizerConfig(**settings), 10)
     update = optimizer.update(grads, optimizer.init(grads), grads)[0]["w"]
     reference = optax.adamw(3e-3, b1=0.9, b2=0.95, eps=1.0, weight_decay=0.0)
     small = jax.tree.map(lambda g, c=clip: g / (5e3 if c else 1.0), grads)
