@@ -17,7 +17,7 @@ _ROWS = flags.DEFINE_integer("rows", None, "Held-out rows; evaluation.rows of th
 _LATENCY = flags.DEFINE_bool("latency", None, "Time the extracted sub-models; evaluation.latency by default.")
 _COMPARE = flags.DEFINE_bool("compare", False, "Draw the runs named after the flags in one plot.")
 _EXTRACT = flags.DEFINE_string("extract", None, "Write this sub-model as an ordinary dense run into --output.")
-_OUTPUT = flags.DEFINE_string("output", None, "Where results go; the workdir by default, or runs' parent for --compare.")
+_OUTPUT = flags.DEFINE_string("output", None, "Where results go: by default the workdir, or beside the runs.")
 
 
 def main(argv: list[str]) -> None:
@@ -26,7 +26,7 @@ def main(argv: list[str]) -> None:
     cli.fail("--compare needs runs, such as --compare runs/a runs/b")
   for flag in (_WORKDIR, _STEP, _EXTRACT):
     if _COMPARE.value and flag.value is not None:
-      cli.fail(f"--{flag.name} does not go with --compare, which takes the newest checkpoint of the runs after the flags")
+      cli.fail(f"--{flag.name} does not go with --compare, which takes the newest checkpoints of the runs named")
   if not _COMPARE.value and (runs or not _WORKDIR.value):
     cli.fail(f"unexpected argument {runs[0]!r}" if runs else "--workdir is missing, such as --workdir=runs/demo")
 

@@ -9,7 +9,7 @@ from ml_collections import config_flags
 from adaptive import cli
 from adaptive.methods import parse_config
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file; its fields can be overridden.", lock_config=True)
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file; flags override its fields.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: config, metrics, checkpoints.")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print parameters, sub-models, mesh and memory; train nothing.")
 

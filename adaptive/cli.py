@@ -10,9 +10,8 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from absl import app
+from absl import app, logging
 from absl import flags as absl_flags
-from absl import logging
 
 from adaptive.config import ConfigError, nearest
 

@@ -11,10 +11,11 @@ def get_config():
   config = methods.default_config("sorted_net")
   config.model.update(num_layers=6, d_model=128, d_ff=384, num_heads=4, num_kv_heads=2)
   config.data.update(seq_len=256, batch_size=16)
-  # Deep and thin sub-models lose to shallow and wide ones of the same cost, so the deeper, the wider.
-  sizes = [(depth, 2, d_ff) for depth in range(2, 7) for d_ff in range(128, 385, 64) if d_ff >= 64 * (depth - 1)]
+  # Deep and thin sub-models lose to shallower and wider ones of the same cost, and the other way round.
+  widths = {2: (64, 128, 192, 256), 3: (128, 192, 256, 320), 4: (192, 256, 320), 5: (256, 320, 384), 6: (320, 384)}
+  sizes = [(depth, 2, d_ff) for depth, choices in widths.items() for d_ff in choices]
   config.method.update(listed=tuple(sizes), scheme="sandwich", num_sampled=4)
-  config.training.update(steps=250)
+  config.training.update(steps=220)
   config.training.optimizer.update(name="muon", warmup_steps=40)
   config.evaluation.update(rows=128)
   return config

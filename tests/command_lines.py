@@ -7,6 +7,7 @@ started by then. `compiled` says whether XLA was asked to compile anything, or a
 
 import json
 import os
+import pathlib
 import runpy
 import sys
 import tempfile
@@ -59,8 +60,9 @@ def main() -> None:
           file.write(str(len(compiled)))
         os._exit(code)
       code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-      texts = {key: open(path).read() for key, path in (("out", out), ("err", err))}
-      results[name] = {"code": code, **texts, "compiled": not os.path.exists(told) or open(told).read() != "0"}
+      texts = {key: pathlib.Path(path).read_text() for key, path in (("out", out), ("err", err))}
+      count = pathlib.Path(told).read_text() if os.path.exists(told) else "killed"
+      results[name] = {"code": code, **texts, "compiled": count != "0"}
   print(json.dumps(results))
 
 

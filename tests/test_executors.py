@@ -35,6 +35,7 @@ TABLE = executors.choices(CONFIG, FAMILY)
 ALL = range(len(FAMILY))
 name_of = lambda i: f"{FAMILY[i].layer_path}-{FAMILY[i].q_per_kv}-{FAMILY[i].d_ff}".replace(" ", "")
 every_subnet = pytest.mark.parametrize("index", ALL, ids=name_of)
+STATIC = (0, 2, 4, 6, 7, 8, 10, 11)  # each compiles its own program, so not all of them
 
 
 def with_gradient(logits_fn):
@@ -78,8 +79,8 @@ def extracted(subnet):
 
 @every_subnet
 def test_all_executors_agree_on_logits_and_gradients(index):
-  logits, grads = run("static", index)
-  for executor in ("switch", "mask"):
+  logits, grads = run("mask", index)
+  for executor in ("switch", "static") if index in STATIC else ("switch",):
     found, found_grads = run(executor, index)
     np.testing.assert_allclose(found, logits, rtol=0, atol=1e-5)
     tiny.assert_trees_close(found_grads, grads, rtol=1e-4, atol=1e-7)
@@ -149,14 +150,17 @@ def test_a_sub_network_reads_nothing_outside_itself(index):
   inside = tiny.inside(CONFIG, PARAMS, FAMILY[index])
   poison = lambda value: jax.tree.map(lambda p, keep: jnp.where(keep, p, value), PARAMS, inside)
   for executor, value in (("static", jnp.nan), ("switch", jnp.nan), ("mask", 1e3)):
+    if executor == "static" and index not in STATIC:
+      continue
     clean, poisoned = run(executor, index), run(executor, index, poison(value))
     np.testing.assert_array_equal(poisoned[0], clean[0])
     kept = jax.tree.map(lambda g, keep: jnp.where(keep, g, 0), poisoned[1], inside)
     tiny.assert_trees_close(kept, clean[1], rtol=1e-5)
 
 
-@every_subnet
-@pytest.mark.parametrize("executor", ["static", "switch", "mask"])
+@pytest.mark.parametrize(("executor", "index"), [
+  *(("switch", i) for i in ALL), *(("mask", i) for i in ALL), *(("static", i) for i in STATIC),
+])  # fmt: skip
 def test_gradients_are_zero_outside_and_not_inside(executor, index):
   _, grads = run(executor, index)
   inside = tiny.inside(CONFIG, PARAMS, FAMILY[index])

@@ -42,7 +42,7 @@ def _submodels(run: Run) -> str:
       submodels[i].name, f"{c.params_total:,}", f"{c.params_non_embedding:,}", f"{c.flops_per_token / 1e6:.3f}",
       f"{c.flops_per_token / full:.3f}", f"{c.kv_bytes_per_token:,}",
     ))  # fmt: skip
-  left_out = f"\n({len(order) - len(shown)} of {len(order)} in between are not shown)" if len(shown) < len(order) else ""
+  left_out = f"\n({len(order) - len(shown)} of {len(order)} in between not shown)" if len(shown) < len(order) else ""
   return _table(rows) + left_out
 
 

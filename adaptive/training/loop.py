@@ -49,7 +49,7 @@ def train(run: Run, workdir: str) -> None:
 
 def _check_origin(run: Run, workdir: str, metadata: Mapping[str, Any]) -> None:
   """Raises ConfigError unless the checkpoint is a training's on the data of this run."""
-  require("extracted_from" not in metadata, f"{workdir} holds an extracted sub-model, which has no optimizer to go on with")
+  require("extracted_from" not in metadata, f"{workdir} holds an extracted sub-model, which has no optimizer state")
   require(
     metadata["data"] == run.dataset.fingerprint,
     f"{workdir} was trained on other data: its fingerprint is {metadata['data']}, that of {run.dataset.description} is "

@@ -56,11 +56,12 @@ def assemble(method: Method, experiment: Experiment, training: bool = True) -> R
   require(0 <= e.seed < 2**32, f"seed={e.seed} must lie in 0 .. {2**32 - 1}")
   require(
     e.model.attention != "cudnn" or (jax.default_backend() == "gpu" and e.model.dtype == "bfloat16"),
-    f"model.attention='cudnn' needs a GPU and model.dtype='bfloat16'; here are {jax.default_backend()} and {e.model.dtype}",
+    f"model.attention='cudnn' needs a GPU and model.dtype='bfloat16', not {jax.default_backend()} and {e.model.dtype}",
   )
   model = method.build(e.model, e.method)
   mesh = sharding.make_mesh(e.mesh)
-  sizes = dict(vocab=e.model.vocab_size, embed=e.model.d_model, kv_heads=e.model.num_kv_heads, mlp_groups=e.model.ff_groups)
+  m = e.model
+  sizes = dict(vocab=m.vocab_size, embed=m.d_model, kv_heads=m.num_kv_heads, mlp_groups=m.ff_groups)
   devices = sharding.batch_parts(mesh)
   require(
     e.evaluation.batch_size % devices == 0,

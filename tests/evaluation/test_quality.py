@@ -98,7 +98,7 @@ def test_paired_error_is_the_spread_of_the_difference():
   """Many samples of rows drawn from one population: their losses' differences spread as the formula says."""
   rng = np.random.default_rng(0)
   tokens = rng.integers(5, 30, (2000, 40)).astype(float)
-  losses = np.stack([tokens * (2 + rng.normal(0, 0.3, tokens.shape)), tokens * (1.5 + rng.normal(0, 0.4, tokens.shape))])
+  losses = np.stack([tokens * rng.normal(mean, spread, tokens.shape) for mean, spread in ((2, 0.3), (1.5, 0.4))])
   samples = [Quality(losses[:, i], losses[:, i], losses[:, i], tokens[i], 0.1) for i in range(len(tokens))]
   errors = [sample.paired_error(0, 1) for sample in samples]
   assert np.mean(errors) == pytest.approx(np.std([sample.loss(0) - sample.loss(1) for sample in samples]), rel=0.05)

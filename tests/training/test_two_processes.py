@@ -64,7 +64,7 @@ def runs(tmp_path_factory):
 
 @pytest.mark.slow
 def test_two_processes_train_like_one(runs):
-  run, folder, told = runs
+  run, folder, _ = runs
   lines = tiny_run.lines(folder / "one")
   assert [line["step"] for line in lines] == [1, 2, 3, 4, 4]
   assert_close(tiny_run.lines(folder / "two"), lines)
