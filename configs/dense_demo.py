@@ -15,7 +15,7 @@ def get_config(size="full"):
   if size == "small":
     config.model.update(num_layers=2, d_ff=64)
   config.data.update(seq_len=256, batch_size=16)
-  config.training.update(steps=220)
+  config.training.update(steps=250)
   config.training.optimizer.update(name="muon", warmup_steps=40)
   config.evaluation.update(rows=128)
   return config

@@ -1,6 +1,8 @@
 """Measured latency of dense models as they would be deployed: compiled ahead, warmed up, at batch size 1."""
 
+import concurrent.futures
 import dataclasses
+import os
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -61,12 +63,19 @@ def measure(
     report: called with the number of models compiled.
   """
   device = jax.local_devices()[0]
-  timed = []
-  with jax.default_device(device):
-    for done, (config, params) in enumerate(models, 1):
+
+  def compile_both(model: tuple[ModelConfig, Any]) -> tuple[_Timed, _Timed]:
+    config, params = model
+    with jax.default_device(device):
       params = jax.device_put(params, device)
-      timed.append((_Timed(config, params, prefill_tokens, 0), _Timed(config, params, 1, prefill_tokens)))
+      return _Timed(config, params, prefill_tokens, 0), _Timed(config, params, 1, prefill_tokens)
+
+  timed = []
+  with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:  # the compiler does not hold Python's lock
+    for done, both in enumerate(pool.map(compile_both, models), 1):
+      timed.append(both)
       report(done)
+  with jax.default_device(device):
     for turn in range(ROUNDS):
       for both in timed:
         for run in both:

@@ -49,7 +49,7 @@ class Quality:
 
 
 def make_scorer(method: Method, model: nn.Module, mesh: Mesh) -> Callable:
-  """Jitted (params, batch, index, reference [b, t]) -> sums by row (loss, correct, agreeing, tokens), and top-1 [b, t]."""
+  """Jitted (params, batch, index, reference [b, t]) -> row sums (loss, correct, agreeing, tokens) and top-1 [b, t]."""
 
   def score(params: Params, batch: Batch, index: jax.Array, reference: jax.Array):
     logits = method.forward(model, params, batch, index).logits
