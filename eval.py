@@ -1,8 +1,8 @@
 """Evaluates every sub-model of a trained run, or draws several runs in one plot.
 
-  python eval.py --workdir=runs/demo
-  python eval.py --compare runs/a runs/b
-  python eval.py --workdir=runs/demo --extract=depth=3,d_ff=128 --output=runs/small
+python eval.py --workdir=runs/demo
+python eval.py --compare runs/a runs/b
+python eval.py --workdir=runs/demo --extract=depth=3,d_ff=128 --output=runs/small
 """
 
 import pathlib

@@ -1,6 +1,6 @@
 """Trains the model that a config file describes; the same command again resumes.
 
-  python train.py --config=configs/sorted_net_demo.py --workdir=runs/demo --config.training.steps=500
+python train.py --config=configs/sorted_net_demo.py --workdir=runs/demo --config.training.steps=500
 """
 
 from absl import flags

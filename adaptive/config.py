@@ -64,10 +64,10 @@ class ModelConfig:
     qk_norm: RMSNorm on each query and key head (Qwen3). qkv_bias: bias on the three projections (Qwen2).
     dtype, param_dtype: of the computation, and of the stored parameters.
     remat: what the backward pass recomputes: nothing, whole layers, or all but matrix products.
-    scan_unroll: layers in one iteration of the scan over layers; 0 means all of them up to 8 layers, else one. Unrolled
+    scan_unroll: layers in one iteration of the scan over layers; 0 means all of them up to 8, else one. Unrolled
       layers compile longer and save copies of stacked activations (15 % of a step's time on a CPU).
     attention: implementation handed to `jax.nn.dot_product_attention`.
-    init_std: standard deviation of every matrix at initialisation; residual outputs are divided by sqrt(2 * num_layers).
+    init_std: standard deviation of every matrix at initialisation; residual outputs have it over sqrt(2 num_layers).
   """
 
   vocab_size: int = 320

@@ -42,7 +42,9 @@ def choices(config: ModelConfig, family: Sequence[Subnet]) -> Choices:
   branch = np.zeros((len(family), config.num_layers), np.int32)
   for row, subnet in zip(branch, family):
     if list(subnet.layer_path) != sorted(set(subnet.layer_path)):
-      raise ValueError(f"layer path {subnet.layer_path} repeats or reorders layers: only the static executor can run it")
+      raise ValueError(
+        f"layer path {subnet.layer_path} repeats or reorders layers: only the static executor can run it"
+      )
     row[list(subnet.layer_path)] = 1 + widths.index(subnet.widths)
   return Choices(widths, branch)
 

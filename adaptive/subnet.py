@@ -44,7 +44,9 @@ class Subnet:
     return self.q_per_kv, self.d_ff
 
 
-def prefix(config: ModelConfig, depth: int | None = None, q_per_kv: int | None = None, d_ff: int | None = None) -> Subnet:
+def prefix(
+  config: ModelConfig, depth: int | None = None, q_per_kv: int | None = None, d_ff: int | None = None
+) -> Subnet:
   """The first `depth` layers at the given widths; None is the parent's size."""
   depth = config.num_layers if depth is None else depth
   return Subnet(tuple(range(depth)), q_per_kv or config.q_per_kv, d_ff or config.d_ff)

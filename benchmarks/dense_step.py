@@ -31,7 +31,7 @@ class PlainBlock(nn.Module):
 
   @nn.compact
   def __call__(self, x, mask, sin, cos):
-    b, t, d = x.shape
+    d = x.shape[-1]
     h = d // self.heads
     y = nn.RMSNorm(epsilon=1e-5)(x)
     q = nn.DenseGeneral((self.kv_heads, self.heads // self.kv_heads, h), use_bias=False)(y)
@@ -132,8 +132,11 @@ def main() -> None:
   ratios = np.array(times["framework"]) / np.array(times["plain"])
   for name, values in times.items():
     print(f"{name:10} median {1000 * np.median(values):8.1f} ms  minimum {1000 * min(values):8.1f} ms")
-  print(f"framework / plain: {np.median(times['framework']) / np.median(times['plain']):.3f} of the medians, "
-        f"{np.median(ratios):.3f} median of {len(ratios)} pairs, {min(times['framework']) / min(times['plain']):.3f} of the minima")
+  print(
+    f"framework / plain: {np.median(times['framework']) / np.median(times['plain']):.3f} of the medians, "
+    f"{np.median(ratios):.3f} median of {len(ratios)} pairs, "
+    f"{min(times['framework']) / min(times['plain']):.3f} of the minima"
+  )
 
 
 if __name__ == "__main__":

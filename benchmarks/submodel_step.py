@@ -14,7 +14,6 @@ import numpy as np
 from absl import app, flags
 from ml_collections import config_flags
 
-from adaptive import sharding
 from adaptive.data import train_batches
 from adaptive.methods import METHODS, dense, parse_config
 from adaptive.training import state as states
@@ -42,7 +41,9 @@ class Timed:
 
 def main(argv: list[str]) -> None:
   method, experiment = parse_config(_CONFIG.value)
-  experiment = dataclasses.replace(experiment, method=dataclasses.replace(experiment.method, scheme="uniform", num_sampled=1))
+  experiment = dataclasses.replace(
+    experiment, method=dataclasses.replace(experiment.method, scheme="uniform", num_sampled=1)
+  )
   run = assemble(method, experiment)
   submodels = method.submodels(run.model)
   small_config, _ = method.extract(run.model, states.create(run.model, run.optimizer, run.mesh, 0).params, submodels[0])
@@ -63,7 +64,9 @@ def main(argv: list[str]) -> None:
     print(f"{name:36} {1000 * seconds:8.1f} ms  {seconds / reference:.3f} of the full sub-model's step")
   print(f"programs compiled for the nested model: {nested.step._cache_size()}, for {len(submodels)} sub-models")
   costs = [method.cost(run.model, s, data.seq_len, {}).flops_per_token for s in (submodels[0], submodels[-1])]
-  print(f"FLOPs of the smallest over the full: {costs[0] / costs[1]:.3f}; batch {sharding.batch_parts(run.mesh)} x {data.batch_size}")
+  print(
+    f"FLOPs of the smallest over the full: {costs[0] / costs[1]:.3f}; {data.batch_size} rows of {data.seq_len} tokens"
+  )
 
 
 if __name__ == "__main__":

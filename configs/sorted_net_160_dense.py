@@ -1,8 +1,8 @@
 """Dense models beside `sorted_net_160.py`: same data, tokens and optimizer, the size of its full or smallest sub-model.
 
-  python train.py --config=configs/sorted_net_160_dense.py:full --workdir=runs/dense_full
-  python train.py --config=configs/sorted_net_160_dense.py:small --workdir=runs/dense_small
-  python benchmarks/nesting_tax.py --nested=runs/sorted_net_160 --dense=runs/dense_full --small=runs/dense_small
+python train.py --config=configs/sorted_net_160_dense.py:full --workdir=runs/dense_full
+python train.py --config=configs/sorted_net_160_dense.py:small --workdir=runs/dense_small
+python benchmarks/nesting_tax.py --nested=runs/sorted_net_160 --dense=runs/dense_full --small=runs/dense_small
 """
 
 from adaptive import methods

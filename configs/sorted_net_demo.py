@@ -1,7 +1,7 @@
 """SortedNet (arXiv 2309.00255) on the source code of Python's standard library: a first run, on two CPU cores.
 
-  python train.py --config=configs/sorted_net_demo.py --workdir=runs/demo
-  python eval.py --workdir=runs/demo
+python train.py --config=configs/sorted_net_demo.py --workdir=runs/demo
+python eval.py --workdir=runs/demo
 """
 
 from adaptive import methods

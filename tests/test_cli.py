@@ -16,7 +16,7 @@ from adaptive.config import to_json
 
 ROOT = pathlib.Path(__file__).parent.parent
 
-CONFIG = '''
+CONFIG = """
 from adaptive import methods
 
 
@@ -29,7 +29,7 @@ def get_config(variant=""):
   config.training.optimizer.update(warmup_steps=1, learning_rate=1e-2)
   config.evaluation.update(rows=8, batch_size=8, latency_repeats=5, prefill_tokens=8)
   return config
-'''
+"""
 
 
 class Place:
@@ -282,10 +282,10 @@ def bad(place):
   return place.run_many(commands)
 
 
-CONFIG_START = '''from adaptive import methods
+CONFIG_START = """from adaptive import methods
 def get_config():
   config = methods.default_config("dense")
-'''
+"""
 
 
 def load(path: str):

@@ -56,7 +56,7 @@ class Method(Protocol):
   """Frozen dataclass of the method's own fields."""
 
   def build(self, model_config: ModelConfig, config: Any) -> nn.Module:
-    """The model; called on a batch it computes the full model's logits. Raises ConfigError for settings that cannot be."""
+    """The model; called on a batch it computes the full model's logits. ConfigError for settings that cannot be."""
 
   def submodels(self, model: nn.Module) -> tuple[SubModel, ...]:
     """All sub-models that the method trains, the full model last. An index below is a position in this list."""

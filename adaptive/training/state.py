@@ -15,7 +15,7 @@ from adaptive.backbone.transformer import init_params
 
 @flax.struct.dataclass
 class TrainState:
-  """`step` is the number of finished updates, int32 []. Randomness and data are functions of it, so nothing else is kept."""
+  """`step` counts finished updates, int32 []. Randomness and data are functions of it, so nothing else is kept."""
 
   step: jax.Array
   params: Any

@@ -143,7 +143,7 @@ def test_monotonicity_by_hand():
 
 def test_tolerance_of_three_forms():
   quality = [1.0, 4.0, 3.0, 3.5]  # 12 beats 22 by 0.5
-  count = lambda tolerance: pareto.monotonicity_violations(GRID, quality, tolerance)[0]  # noqa: E731
+  count = lambda tolerance: pareto.monotonicity_violations(GRID, quality, tolerance)[0]
   assert (count(0.4), count(0.5)) == (1, 0)
   assert (count([0, 0.3, 9, 0.3]), count([0, 0.4, 9, 0.4])) == (1, 0)  # hypot 0.42 and 0.57
   pairs = np.zeros((4, 4))

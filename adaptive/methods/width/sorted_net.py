@@ -72,7 +72,11 @@ class SortedNet(Transformer):
 
 
 def build(model_config: ModelConfig, config: Config) -> SortedNet:
-  for name, full in (("depths", model_config.num_layers), ("q_per_kv", model_config.q_per_kv), ("d_ff", model_config.d_ff)):
+  for name, full in (
+    ("depths", model_config.num_layers),
+    ("q_per_kv", model_config.q_per_kv),
+    ("d_ff", model_config.d_ff),
+  ):
     sizes = getattr(config, name)
     require(
       not sizes or (list(sizes) == sorted(set(sizes)) and sizes[0] > 0 and sizes[-1] == full),
@@ -90,7 +94,9 @@ def build(model_config: ModelConfig, config: Config) -> SortedNet:
 def _check_listed(model: ModelConfig, config: Config) -> None:
   if not config.listed:
     return
-  require(not (config.depths or config.q_per_kv or config.d_ff), "method.listed replaces method.depths, q_per_kv and d_ff")
+  require(
+    not (config.depths or config.q_per_kv or config.d_ff), "method.listed replaces method.depths, q_per_kv and d_ff"
+  )
   wrong = [sizes for sizes in config.listed if len(sizes) != 3]
   require(not wrong, f"method.listed needs (depth, q_per_kv, d_ff) triples, not {wrong[:1]}")
   require(len(set(config.listed)) == len(config.listed), "method.listed names a sub-model twice")
@@ -126,7 +132,7 @@ def _check_scheme(config: Config, family: tuple[subnets.Subnet, ...]) -> None:
 
 
 def submodels(model: SortedNet) -> tuple[SubModel, ...]:
-  """The listed sub-models or the product, the full model last; a dimension without a choice is left out of the names."""
+  """The listed sub-models or the product, the full model last; names leave out a dimension without a choice."""
   method, config = model.method, model.config
   if method.listed:
     varied = [len(set(sizes)) > 1 for sizes in zip(*method.listed)]
