@@ -14,8 +14,8 @@ def get_config(size="full"):
   config.model.update(num_layers=6, d_model=128, d_ff=384, num_heads=4, num_kv_heads=2)
   if size == "small":
     config.model.update(num_layers=2, d_ff=64)
-  config.data.update(seq_len=256, batch_size=16)
-  config.training.update(steps=250)
+  config.data.update(seq_len=256, batch_size=12)
+  config.training.update(steps=300)
   config.training.optimizer.update(name="muon", warmup_steps=40)
   config.evaluation.update(rows=128)
   return config
