@@ -9,6 +9,7 @@ with the code that needs them and raise `ConfigError` too, before anything is co
 import dataclasses
 import difflib
 import json
+import math
 import types
 import typing
 from typing import Any, Literal
@@ -32,6 +33,21 @@ def nearest(name: str, known: typing.Iterable[str], prefix: str = "") -> str:
   return f"did you mean {prefix}{near[0]}?" if near else f"{prefix.rstrip('.')} has no fields"
 
 
+def require_range(
+  config: Any, prefix: str, fields: str, low: float, high: float = math.inf, above: bool = False
+) -> None:
+  """Raises ConfigError unless each of the named fields (blank-separated) is finite and in low .. high.
+
+  Args:
+    prefix: of the fields' names in the message. above: whether `low` itself is refused too.
+  """
+  for field in fields.split():
+    value = getattr(config, field)
+    fits = math.isfinite(value) and (low < value if above else low <= value) and value <= high
+    bounds = f"{'more than' if above else 'at least'} {low:g}" + (f" and at most {high:g}" if high < math.inf else "")
+    require(fits, f"{prefix}{field}={value} must be {bounds}")
+
+
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
   """How rotary frequencies are stretched for contexts longer than those of pre-training.
@@ -45,6 +61,10 @@ class RopeScaling:
   low_freq_factor: float = 1.0
   high_freq_factor: float = 4.0
   original_max_len: int = 8192
+
+  def __post_init__(self):
+    require_range(self, "model.rope_scaling.", "factor low_freq_factor original_max_len", 0, above=True)
+    require_range(self, "model.rope_scaling.", "high_freq_factor", self.low_freq_factor, above=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,8 +112,9 @@ class ModelConfig:
   init_std: float = 0.02
 
   def __post_init__(self):
-    for field in ("vocab_size", "num_layers", "d_model", "d_ff", "num_heads", "num_kv_heads", "ff_groups"):
-      require(getattr(self, field) > 0, f"model.{field} must be positive, got {getattr(self, field)}")
+    require_range(self, "model.", "vocab_size num_layers d_model d_ff num_heads num_kv_heads ff_groups", 1)
+    require_range(self, "model.", "head_dim scan_unroll norm_eps init_std", 0)
+    require_range(self, "model.", "rope_theta", 0, above=True)
     require(
       self.head_dim > 0 or self.d_model % self.num_heads == 0,
       f"model.d_model={self.d_model} is not divisible by model.num_heads={self.num_heads}; set model.head_dim",
@@ -155,8 +176,8 @@ class DataConfig:
   undecodable: Literal["error", "skip"] = "error"
 
   def __post_init__(self):
-    require(self.seq_len > 1, f"data.seq_len must be at least 2, got {self.seq_len}")
-    require(self.batch_size > 0, f"data.batch_size must be positive, got {self.batch_size}")
+    require_range(self, "data.", "seq_len", 2)
+    require_range(self, "data.", "batch_size", 1)
     require(
       0.0 < self.validation_fraction < 1.0,
       f"data.validation_fraction must lie between 0 and 1, got {self.validation_fraction}",
@@ -194,10 +215,9 @@ class OptimizerConfig:
   eps: float = 1e-8
 
   def __post_init__(self):
-    require(self.learning_rate > 0, f"training.optimizer.learning_rate must be positive, got {self.learning_rate}")
-    require(self.warmup_steps >= 0, f"training.optimizer.warmup_steps must not be negative, got {self.warmup_steps}")
-    for field in ("decay_fraction", "final_fraction"):
-      require(0 <= getattr(self, field) <= 1, f"training.optimizer.{field} must lie in [0, 1]")
+    require_range(self, "training.optimizer.", "learning_rate muon_learning_rate eps", 0, above=True)
+    require_range(self, "training.optimizer.", "warmup_steps weight_decay clip_norm", 0)
+    require_range(self, "training.optimizer.", "decay_fraction final_fraction b1 b2", 0, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,10 +243,8 @@ class TrainingConfig:
   wandb: str = ""
 
   def __post_init__(self):
-    for field in ("steps", "grad_accum", "log_every", "keep_checkpoints"):
-      require(getattr(self, field) > 0, f"training.{field} must be positive, got {getattr(self, field)}")
-    for field in ("eval_every", "checkpoint_every"):
-      require(getattr(self, field) >= 0, f"training.{field} must not be negative, got {getattr(self, field)}")
+    require_range(self, "training.", "steps grad_accum log_every keep_checkpoints", 1)
+    require_range(self, "training.", "eval_every checkpoint_every", 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,8 +265,7 @@ class EvaluationConfig:
   prefill_tokens: int = 128
 
   def __post_init__(self):
-    for field in ("rows", "batch_size", "latency_repeats", "prefill_tokens"):
-      require(getattr(self, field) > 0, f"evaluation.{field} must be positive, got {getattr(self, field)}")
+    require_range(self, "evaluation.", "rows batch_size latency_repeats prefill_tokens", 1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -34,6 +34,15 @@ RULES = (
 
 PyTree = Any
 
+# The setting that a user would change when an axis does not divide.
+_SETS_SIZE = {
+  "batch": "batch_size",
+  "vocab": "model.vocab_size",
+  "embed": "model.d_model",
+  "kv_heads": "model.num_kv_heads",
+  "mlp_groups": "model.ff_groups",
+}
+
 
 def mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, int, int]:
   """Devices along (data, fsdp, tensor), with -1 filled in.
@@ -69,7 +78,9 @@ def check_divisible(mesh: Mesh, *, batch: int, vocab: int, embed: int, kv_heads:
   for axis, size in dict(batch=batch, vocab=vocab, embed=embed, kv_heads=kv_heads, mlp_groups=mlp_groups).items():
     names = dict(RULES)[axis]
     parts = math.prod(mesh.shape[n] for n in ((names,) if isinstance(names, str) else names))
-    require(size % parts == 0, f"{axis} size {size} is not divisible by the {parts} devices of mesh axes {names}")
+    require(
+      size % parts == 0, f"{_SETS_SIZE[axis]}={size} is not divisible by the {parts} devices of mesh axes {names}"
+    )
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

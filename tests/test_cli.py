@@ -216,7 +216,7 @@ BAD = {  # name: (arguments after the config and the workdir, or the whole comma
   "batch too large": ("--config.data.batch_size=2000", "data.batch_size=2000 is more than the 76 training rows"),
   "seed": ("--config.seed=-1", "seed=-1 must lie in 0 .. 4294967295"),
   "large seed": ("--config.seed=99999999999999999999", "seed=99999999999999999999 must lie in 0 .. 4294967295"),
-  "learning rate": ("--config.training.optimizer.learning_rate=nan", "learning_rate must be positive, got nan"),
+  "learning rate": ("--config.training.optimizer.learning_rate=nan", "learning_rate=nan must be more than 0"),
   "warm-up": ("--config.training.optimizer.warmup_steps=8", "warmup_steps=8 must be less than training.steps=8"),
   "too many sampled": ("--config.method.num_sampled=5", "method.num_sampled=5 draws without replacement from only 4"),
   "no data": ("--config.data.path=/nope", "data.path='/nope': no such folder, and no file matches it as a glob"),
@@ -239,7 +239,7 @@ BAD = {  # name: (arguments after the config and the workdir, or the whole comma
   "eval: no checkpoint": (["eval.py", "--workdir={made}"], "made holds no finished checkpoint yet"),
   "eval: broken config": (["eval.py", "--workdir={broken}"], "config.json is not valid JSON (line 1)"),
   "eval: argument": (["eval.py", "--workdir={made}", "foo"], "unexpected argument 'foo'"),
-  "eval: rows": (["eval.py", "--workdir={made}", "--rows=0"], "evaluation.rows must be positive, got 0"),
+  "eval: rows": (["eval.py", "--workdir={made}", "--rows=0"], "evaluation.rows=0 must be at least 1"),
   "eval: word for step": (["eval.py", "--workdir={made}", "--step=abc"], "flag --step=abc: invalid literal for int()"),
   "eval: output": (["eval.py", "--workdir={made}", "--output={config}"], "cannot write results to"),
   "extract: name": (

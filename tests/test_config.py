@@ -23,12 +23,15 @@ def saved(**method):
 
 
 @pytest.mark.parametrize(("changes", "message"), [
-  (dict(num_layers=0), "model.num_layers must be positive, got 0"),
-  (dict(vocab_size=-1), "model.vocab_size must be positive"),
+  (dict(num_layers=0), "model.num_layers=0 must be at least 1"),
+  (dict(vocab_size=-1), "model.vocab_size=-1 must be at least 1"),
   (dict(d_model=30, num_heads=4), "model.d_model=30 is not divisible by model.num_heads=4; set model.head_dim"),
   (dict(head_dim=3), "size of a head, 3, must be even"),
   (dict(d_model=12, num_heads=4), "size of a head, 3, must be even"),
   (dict(num_heads=4, num_kv_heads=3), "model.num_heads=4 is not divisible by model.num_kv_heads=3"),
+  (dict(head_dim=-2), "model.head_dim=-2 must be at least 0"),
+  (dict(scan_unroll=-1), "model.scan_unroll=-1 must be at least 0"),
+  (dict(rope_theta=0.0), "model.rope_theta=0.0 must be more than 0"),
   (dict(d_ff=384, ff_groups=5), "model.d_ff=384 is not divisible by model.ff_groups=5"),
 ])  # fmt: skip
 def test_an_impossible_model_is_refused_in_one_line(changes, message):
@@ -38,15 +41,15 @@ def test_an_impossible_model_is_refused_in_one_line(changes, message):
 
 
 @pytest.mark.parametrize(("fields", "message"), [
-  ({"data": {"seq_len": 1}}, "data.seq_len must be at least 2"),
+  ({"data": {"seq_len": 1}}, "data.seq_len=1 must be at least 2"),
   ({"data": {"source": "files"}}, "needs data.path"),
   ({"data": {"source": "tfds"}}, "needs data.tfds_name"),
   ({"data": {"validation_fraction": 1.0}}, "must lie between 0 and 1"),
-  ({"training": {"steps": 0}}, "training.steps must be positive"),
-  ({"training": {"eval_every": -1}}, "training.eval_every must not be negative"),
-  ({"training": {"optimizer": {"learning_rate": 0}}}, "learning_rate must be positive"),
-  ({"training": {"optimizer": {"decay_fraction": 1.5}}}, "decay_fraction must lie in"),
-  ({"evaluation": {"rows": 0}}, "evaluation.rows must be positive"),
+  ({"training": {"steps": 0}}, "training.steps=0 must be at least 1"),
+  ({"training": {"eval_every": -1}}, "training.eval_every=-1 must be at least 0"),
+  ({"training": {"optimizer": {"learning_rate": 0}}}, "learning_rate=0.0 must be more than 0"),
+  ({"training": {"optimizer": {"decay_fraction": 1.5}}}, "decay_fraction=1.5 must be at least 0 and at most 1"),
+  ({"evaluation": {"rows": 0}}, "evaluation.rows=0 must be at least 1"),
 ])  # fmt: skip
 def test_a_setting_out_of_range_is_named(fields, message):
   with pytest.raises(ConfigError, match=message):

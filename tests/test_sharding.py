@@ -35,8 +35,14 @@ def test_an_impossible_mesh_is_refused_in_one_line(sizes, message):
 def test_sizes_that_cannot_be_spread_are_refused():
   mesh, sizes = tiny.mesh(2, 2, 2), dict(batch=4, vocab=2, embed=2, kv_heads=2, mlp_groups=2)
   sharding.check_divisible(mesh, **sizes)
-  for name, size in dict(batch=6, vocab=3, embed=5, kv_heads=1, mlp_groups=7).items():
-    with pytest.raises(ConfigError, match=f"{name} size {size} is not divisible by the"):
+  for name, size, setting in (
+    ("batch", 6, "batch_size"),
+    ("vocab", 3, "model.vocab_size"),
+    ("embed", 5, "model.d_model"),
+    ("kv_heads", 1, "model.num_kv_heads"),
+    ("mlp_groups", 7, "model.ff_groups"),
+  ):
+    with pytest.raises(ConfigError, match=f"^{setting}={size} is not divisible by the"):
       sharding.check_divisible(mesh, **{**sizes, name: size})
 
 

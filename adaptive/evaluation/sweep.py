@@ -79,11 +79,13 @@ def _latencies(method: Method, model: nn.Module, params: Params, experiment: Exp
 
 
 class _bar:  # noqa: N801 - reads as a function
-  """A progress bar over sub-models on a terminal; nothing elsewhere."""
+  """Progress over sub-models: a bar on a terminal, elsewhere a line when it begins."""
 
   def __init__(self, what: str, total: int):
-    hidden = jax.process_index() != 0 or not sys.stderr.isatty()
-    self._bar = tqdm.tqdm(total=total, desc=what, unit="sub-model", disable=hidden)
+    first, terminal = jax.process_index() == 0, sys.stderr.isatty()
+    self._bar = tqdm.tqdm(total=total, desc=what, unit="sub-model", disable=not (first and terminal))
+    if first and not terminal:
+      print(f"measuring {what} of {total} sub-models ...", file=sys.stderr, flush=True)
 
   def __enter__(self) -> Callable[[int], None]:
     return lambda done: self._bar.update(done - self._bar.n) and None

@@ -165,7 +165,7 @@ def _extra(module: str, extra: str, setting: str) -> types.ModuleType:
   try:
     return importlib.import_module(module)
   except ImportError as error:
-    raise ConfigError(f"{setting} needs {module}: pip install 'adaptive[{extra}]'") from error
+    raise ConfigError(f"{setting} needs {module}: pip install -e '.[{extra}]'") from error
 
 
 class Progress:

@@ -11,7 +11,8 @@ from typing import Any
 
 import jax
 
-from adaptive.config import ConfigError, differences, require
+from adaptive.config import ConfigError, differences, require, to_json
+from adaptive.methods import parse_config
 
 CONFIG_FILE = "config.json"
 VERSIONS_FILE = "versions.json"
@@ -130,8 +131,16 @@ def user_errors(what: str) -> Iterator[None]:
     raise ConfigError(f"{what}: {error.strerror or error}") from error
 
 
+def _completed(saved: dict[str, Any]) -> dict[str, Any]:
+  """A saved config with the defaults of fields that came later, so that they do not lock out older workdirs."""
+  try:
+    return json.loads(to_json(parse_config(saved)[1], saved["method"]["name"]))
+  except ConfigError:
+    return saved  # of a version that differs by more than that: let the differences show
+
+
 def _check_same(path: str | os.PathLike, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
-  different = differences(saved, wanted)
+  different = differences(_completed(saved), wanted)
   if not different:
     return
   shown = "; ".join(different[:_FIELDS_SHOWN])

@@ -133,8 +133,8 @@ def test_tensorboard_file_reads_back(tmp_path):
 @pytest.mark.parametrize(
   ("module", "training", "message"),
   [
-    ("tensorboardX", {"tensorboard": True}, "tensorboard needs tensorboardX: pip install 'adaptive[tensorboard]'"),
-    ("wandb", {"wandb": "project"}, "wandb needs wandb: pip install 'adaptive[wandb]'"),
+    ("tensorboardX", {"tensorboard": True}, "tensorboard needs tensorboardX: pip install -e '.[tensorboard]'"),
+    ("wandb", {"wandb": "project"}, "wandb needs wandb: pip install -e '.[wandb]'"),
   ],
 )
 def test_missing_package_says_what_to_install_and_cuts_nothing(tmp_path, monkeypatch, module, training, message):

@@ -1,8 +1,10 @@
+import copy
 import json
 
 import pytest
 
 from adaptive.config import ConfigError
+from adaptive.methods import default_config
 from adaptive.training import workdir
 
 CONFIG = {"seed": 0, "model": {"d_model": 128, "d_ff": 384, "num_heads": 4}, "evaluation": {"rows": 256}}
@@ -88,3 +90,14 @@ def test_other_processes_write_nothing(tmp_path, monkeypatch):
   monkeypatch.setattr(workdir.jax, "process_index", lambda: 1)
   assert workdir.open_workdir(tmp_path / "x", config()) == tmp_path / "x"
   assert not (tmp_path / "x").exists()
+
+
+def test_a_field_that_came_after_the_workdir_counts_as_its_default(tmp_path):
+  wanted = default_config("sorted_net").to_dict()
+  older = copy.deepcopy(wanted)
+  del older["method"]["listed"], older["model"]["scan_unroll"]
+  folder = workdir.open_workdir(tmp_path / "run", json.dumps(older))
+  assert workdir.open_workdir(folder, json.dumps(wanted)) == folder
+  wanted["model"]["scan_unroll"] = 3
+  with pytest.raises(ConfigError, match=r"model\.scan_unroll: 0 -> 3"):
+    workdir.open_workdir(folder, json.dumps(wanted))

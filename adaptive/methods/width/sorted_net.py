@@ -111,6 +111,11 @@ def _check_scheme(config: Config, family: tuple[subnets.Subnet, ...]) -> None:
     sampled <= len(family) or config.replacement or scheme in ("all", "multi_exit"),
     f"method.num_sampled={sampled} draws without replacement from only {len(family)} sub-models",
   )
+  middle = len(family) - 2
+  require(
+    scheme != "sandwich" or sampled - 2 <= middle or (config.replacement and middle > 0),
+    f"method.num_sampled={sampled} needs {sampled - 2} sub-models between smallest and full, there are {middle}",
+  )
   require(
     not config.weights or len(config.weights) == len(family),
     f"method.weights has {len(config.weights)} entries for {len(family)} sub-models",
@@ -120,6 +125,12 @@ def _check_scheme(config: Config, family: tuple[subnets.Subnet, ...]) -> None:
     not config.weights or (min(config.weights) >= 0 and sum(config.weights) > 0),
     "method.weights must not be negative, and not all zero",
   )
+  positive = sum(weight > 0 for weight in config.weights)
+  require(
+    scheme != "weighted" or config.replacement or sampled <= positive,
+    f"method.num_sampled={sampled} draws without replacement from only {positive} sub-models of positive weight",
+  )
+  require(config.distill_temperature > 0, f"method.distill_temperature={config.distill_temperature} must be positive")
   require(0.0 <= config.distill <= 1.0, f"method.distill={config.distill} must lie in [0, 1]")
   require(
     not config.distill or (scheme in ("sandwich", "all") and config.accum_data == "shared"),
