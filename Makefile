@@ -14,7 +14,7 @@ BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 UV = $(shell command -v uv 2> /dev/null)
 DEMO = $(RUNS)/demo$(if $(STEPS),-$(STEPS))
-# A short run warms up for as large a part of itself as the whole demo does.
+# A short run warms up for a sixth of itself, about as the whole demo does.
 SHORT = $(if $(STEPS),--config.training.steps=$(STEPS) --config.training.optimizer.warmup_steps=$$(( $(STEPS) / 6 )))
 
 .DEFAULT_GOAL := help
