@@ -196,7 +196,8 @@ class OptimizerConfig:
     schedule: `wsd` is warm-up, stable, linear decay; `cosine` is warm-up, then a cosine.
     warmup_steps: linear rise from zero. decay_fraction: share of the run spent in `wsd`'s decay.
     final_fraction: learning rate at the end, as a share of the peak.
-    weight_decay: decoupled; on matrices only (never on norms, biases and, being a look-up, the embedding table).
+    weight_decay: decoupled; on matrices only (never on norms, biases and, being a look-up, the embedding table; under
+      `muon` not on an untied head either, which AdamW updates without decay).
     clip_norm: global gradient norm is clipped to this; 0 turns it off.
     b1, b2, eps: Adam's. b1 is Muon's momentum too.
   """
@@ -318,13 +319,14 @@ def from_config_dict(config: typing.Mapping[str, Any], method_config: type) -> E
     ConfigError: unknown field (the nearest known one is named), or a value of the wrong type or range.
   """
   config = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else dict(config)
-  method = {k: v for k, v in config.get("method", {}).items() if k != "name"}
+  method = {k: v for k, v in (config.get("method") or {}).items() if k != "name"}
   return _build(Experiment, {**config, "method": _build(method_config, method, "method.")}, "")
 
 
 def _build(cls: type, values: typing.Mapping[str, Any], prefix: str) -> Any:
   hints = typing.get_type_hints(cls)
   known = [f.name for f in dataclasses.fields(cls)]
+  require(hasattr(values, "items"), f"{prefix.rstrip('.') or 'the config'} must have fields, not be {values!r}")
   for name in values:
     if name not in known:
       raise ConfigError(f"unknown config field {prefix}{name}; {nearest(name, known, prefix)}")

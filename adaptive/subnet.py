@@ -49,7 +49,8 @@ def prefix(
 ) -> Subnet:
   """The first `depth` layers at the given widths; None is the parent's size."""
   depth = config.num_layers if depth is None else depth
-  return Subnet(tuple(range(depth)), q_per_kv or config.q_per_kv, d_ff or config.d_ff)
+  q_per_kv = config.q_per_kv if q_per_kv is None else q_per_kv
+  return Subnet(tuple(range(depth)), q_per_kv, config.d_ff if d_ff is None else d_ff)
 
 
 def validate(config: ModelConfig, subnet: Subnet) -> None:

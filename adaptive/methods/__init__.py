@@ -32,6 +32,6 @@ def default_config(name: str) -> ml_collections.ConfigDict:
 
 def parse_config(config: Mapping[str, Any]) -> tuple[Method, configs.Experiment]:
   """The method and the typed experiment of a ConfigDict or of a saved config's JSON."""
-  configs.require("name" in config.get("method", {}), "the config names no method: method.name is missing")
+  configs.require("name" in (config.get("method") or {}), "the config names no method: method.name is missing")
   method = find(config["method"]["name"])
   return method, configs.from_config_dict(config, method.Config)

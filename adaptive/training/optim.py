@@ -72,6 +72,7 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
       adam_b1=config.b1,
       adam_b2=config.b2,
       adam_learning_rate=rate,
+      adam_weight_decay=0.0,  # what is left to AdamW is norms, biases and both sides of the embedding
       muon_weight_dimension_numbers=muon_dimensions,
     )
   return optax.chain(optax.clip_by_global_norm(config.clip_norm), update) if config.clip_norm else update

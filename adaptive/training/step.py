@@ -30,7 +30,7 @@ def make_step(
 
     grads, metrics = _gradients(loss_fn, state.params, batch, grad_accum)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    metrics = {**metrics, "grad_norm": (optax.global_norm(grads), jnp.ones(()))}
+    metrics = {**metrics, "grad_norm": (optax.tree.norm(grads), jnp.ones(()))}
     return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), metrics
 
   return step
@@ -39,7 +39,8 @@ def make_step(
 def _gradients(loss_fn: Callable, params: Params, batch: Batch, parts: int) -> tuple[Params, Metrics]:
   """Gradient of the mean loss over all tokens of the batch, computed on one micro-batch at a time.
 
-  Micro-batches weigh by their number of tokens, so the result does not depend on how many there are.
+  Micro-batches weigh by their number of tokens, so the result does not depend on how many there are, unless the method
+  itself splits a batch between sub-models: then it decides which rows reach which.
   """
   gradient = jax.grad(loss_fn, has_aux=True)
   if parts == 1:

@@ -136,6 +136,7 @@ def _check_scheme(config: Config, family: tuple[subnets.Subnet, ...]) -> None:
     not config.distill or (scheme in ("sandwich", "all") and config.accum_data == "shared"),
     "method.distill needs method.scheme 'sandwich' or 'all' and method.accum_data='shared'",
   )
+  require(not config.distill or len(family) > 1, "method.distill needs a sub-model beside the full one")
   require(
     scheme != "multi_exit" or len({s.widths for s in family}) == 1,
     "method.scheme='multi_exit' trains depths only: leave method.q_per_kv and method.d_ff empty",
