@@ -30,7 +30,7 @@ def run(main: Callable[[list[str]], None]) -> None:
     except ConfigError as error:
       fail(str(error))
     except KeyboardInterrupt:
-      print("interrupted; the same command goes on from the newest checkpoint", file=sys.stderr)
+      print("interrupted; the same command goes on from what was saved", file=sys.stderr)
       sys.exit(INTERRUPTED)
 
   app.run(guarded, flags_parser=_parse_flags)

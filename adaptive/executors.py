@@ -103,6 +103,3 @@ def exits(config: ModelConfig, params: Params, batch: Batch, depths: Sequence[in
 
   _, hidden = jax.lax.scan(layer_and_emit, x, params["layers"])
   return hidden[np.asarray(depths) - 1]
-
-
-EXECUTORS = {"switch": switch, "mask": mask}

@@ -100,8 +100,11 @@ def main() -> None:
   parser.add_argument("--batch", type=int, default=16)
   parser.add_argument("--seq_len", type=int, default=256)
   parser.add_argument("--remat", default="none")
+  parser.add_argument("--scan_unroll", type=int, default=0)
   args = parser.parse_args()
-  config = ModelConfig(num_layers=args.layers, d_model=args.width, d_ff=3 * args.width, remat=args.remat)
+  config = ModelConfig(
+    num_layers=args.layers, d_model=args.width, d_ff=3 * args.width, remat=args.remat, scan_unroll=args.scan_unroll
+  )
   rng = np.random.default_rng(0)
   tokens = rng.integers(0, 256, (args.batch, args.seq_len + 1), dtype=np.int32)
   batch = {

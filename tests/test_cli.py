@@ -165,7 +165,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(place, trained, tmp_pat
       break
   assert code == (130 if sign == signal.SIGINT else -sign)
   if sign == signal.SIGINT:
-    assert err.splitlines()[-1] == "interrupted; the same command goes on from the newest checkpoint"
+    assert err.splitlines()[-1] == "interrupted; the same command goes on from what was saved"
   done = place.run(*command)
   assert "resuming at step " in done.stderr
   assert tiny_run.lines(workdir) == tiny_run.lines(trained[0])

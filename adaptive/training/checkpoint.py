@@ -1,7 +1,7 @@
 """Checkpoints: the only file that knows Orbax.
 
-Two kinds. A run's checkpoints (`Checkpointer`) hold the whole train state, one folder per step, and restore onto any
-mesh. A params checkpoint (`save_params`) holds a plain tree of parameters and loads without knowing its shapes.
+A run's checkpoints hold the whole train state, one folder per step, and restore onto any mesh, whole or the parameters
+alone. An extracted sub-model's holds parameters only.
 
 A folder appears under its final name only when everything in it is written, so a killed run leaves the last finished
 step. Damaged bytes are not detected here: Orbax stores no checksums.
@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging as absl_logging
 
@@ -159,57 +158,6 @@ class Checkpointer:
     if step not in found:
       there = f"it holds {', '.join(map(str, found))}" if found else "it holds none"
       raise CheckpointError(f"no checkpoint of step {step} in {self.folder}; {there}")
-
-
-def save_params(folder: str | os.PathLike, params: Any, metadata: dict[str, Any]) -> None:
-  """Writes a params checkpoint and waits until it is on disk. One that is there already is replaced.
-
-  Args:
-    folder: new, empty, or an older params checkpoint; anything else is left alone.
-    params: nested dict of arrays.
-    metadata: JSON-serialisable; by custom {"model": fields of the ModelConfig}.
-
-  Raises:
-    CheckpointError: the folder holds something else, or cannot be written.
-  """
-  path = pathlib.Path(folder).absolute()
-  with _one_line(f"cannot write params to {folder}"):
-    taken = path.exists() and not _is_params(path) and (not path.is_dir() or any(path.iterdir()))
-  if taken:
-    raise CheckpointError(f"{folder} exists and is no params checkpoint; choose another folder")
-  args = ocp.args.Composite(params=ocp.args.PyTreeSave(params), metadata=ocp.args.JsonSave(metadata))
-  with _one_line(f"cannot write params to {folder}"), _params_checkpointer() as checkpointer:
-    checkpointer.save(path, args=args, force=True)
-
-
-def load_params(folder: str | os.PathLike) -> tuple[Any, dict[str, Any]]:
-  """Reads a params checkpoint on any number of devices.
-
-  Returns:
-    (params, metadata): nested dict of NumPy arrays, with the dtypes that were saved, and what was saved with it.
-
-  Raises:
-    CheckpointError: no params checkpoint there, or it cannot be read.
-  """
-  path = pathlib.Path(folder).absolute()
-  if not _is_params(path):
-    raise CheckpointError(f"{folder} is no params checkpoint")
-  with _one_line(f"cannot read params from {folder}"), _params_checkpointer() as checkpointer:
-    tree = checkpointer.metadata(path).item_metadata["params"].tree
-    # As NumPy: without it Orbax wants the devices that the arrays were saved from.
-    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-    args = ocp.args.Composite(params=ocp.args.PyTreeRestore(restore_args=as_numpy), metadata=ocp.args.JsonRestore())
-    restored = checkpointer.restore(path, args=args)
-    return restored.params, restored.metadata
-
-
-def _params_checkpointer() -> ocp.Checkpointer:
-  handlers = {"params": ocp.PyTreeCheckpointHandler(), "metadata": ocp.JsonCheckpointHandler()}
-  return ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers))
-
-
-def _is_params(path: pathlib.Path) -> bool:
-  return (path / "params").is_dir() and (path / "metadata").is_dir()
 
 
 @contextlib.contextmanager

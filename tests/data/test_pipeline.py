@@ -216,8 +216,6 @@ def test_validation_takes_all_rows_where_there_are_fewer(rows, mesh):
   "make", [lambda r, m: train_batches(r, 3, 0, 0, 1, m), lambda r, m: validation_batches(r, 9, 3, m)]
 )
 def test_batch_that_the_devices_cannot_share_is_refused(rows, mesh, make):
-  if mesh.size == 1:
-    pytest.skip("one device shares any batch")
   with pytest.raises(ConfigError, match="a batch of 3 rows is not divisible by"):
     next(make(rows, mesh))
 

@@ -105,6 +105,7 @@ def test_all_and_multi_exit_take_every_sub_model():
   (dict(num_sampled=1, scheme="sandwich"), "method.num_sampled=1 is too small for 'sandwich'"),
   (dict(num_sampled=13), "draws without replacement from only 12"),
   (dict(weights=(1.0, 2.0)), "method.weights has 2 entries for 12"),
+  (dict(weights=(1.0,) * 12), "method.weights means nothing to 'uniform'"),
   (dict(scheme="weighted"), "needs method.weights"),
   (dict(scheme="weighted", weights=(0.0,) * 12), "not all zero"),
   (dict(scheme="weighted", weights=(-1.0, *[1.0] * 11)), "must not be negative"),

@@ -1,4 +1,3 @@
-import json
 import logging
 import resource
 
@@ -12,7 +11,6 @@ from absl import logging as absl_logging
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from adaptive.training import checkpoint
 from adaptive.training.checkpoint import Checkpointer, CheckpointError
 
 SPLIT = P("data", "tensor")
@@ -219,29 +217,6 @@ def test_error_of_the_caller_is_not_hidden_by_closing(tmp_path, small_files):
 
   with pytest.raises(ZeroDivisionError):
     train()
-
-
-def test_params_load_without_knowing_their_shapes(tmp_path):
-  params = make_state(mesh(4, 2)).params
-  checkpoint.save_params(tmp_path / "half", params, {"model": {"d_model": 4}})
-  loaded, metadata = checkpoint.load_params(tmp_path / "half")
-  assert metadata == {"model": {"d_model": 4}}
-  assert_same(loaded, params)
-  assert all(isinstance(x, np.ndarray) for x in jax.tree.leaves(loaded))
-  assert json.loads((tmp_path / "half" / "metadata" / "metadata").read_text()) == metadata  # readable without Orbax
-
-
-def test_params_replace_params_but_nothing_else(tmp_path):
-  for width in (4, 2):
-    checkpoint.save_params(tmp_path / "p", {"w": np.ones(width)}, {})
-  assert checkpoint.load_params(tmp_path / "p")[0]["w"].shape == (2,)
-  (tmp_path / "thesis").mkdir()
-  (tmp_path / "thesis" / "main.tex").write_text("precious")
-  with pytest.raises(CheckpointError, match=r"exists and is no params checkpoint; choose another folder"):
-    checkpoint.save_params(tmp_path / "thesis", {"w": np.ones(2)}, {})
-  assert (tmp_path / "thesis" / "main.tex").read_text() == "precious"
-  with pytest.raises(CheckpointError, match=r"thesis is no params checkpoint$"):
-    checkpoint.load_params(tmp_path / "thesis")
 
 
 def test_orbax_is_quiet_but_warnings_and_other_libraries_are_not():

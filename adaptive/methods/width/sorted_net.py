@@ -121,6 +121,7 @@ def _check_scheme(config: Config, family: tuple[subnets.Subnet, ...]) -> None:
     f"method.weights has {len(config.weights)} entries for {len(family)} sub-models",
   )
   require(scheme != "weighted" or config.weights, "method.scheme='weighted' needs method.weights")
+  require(not config.weights or scheme in ("weighted", "multi_exit"), f"method.weights means nothing to {scheme!r}")
   require(
     not config.weights or (min(config.weights) >= 0 and sum(config.weights) > 0),
     "method.weights must not be negative, and not all zero",
@@ -146,7 +147,7 @@ def _check_scheme(config: Config, family: tuple[subnets.Subnet, ...]) -> None:
 def submodels(model: SortedNet) -> tuple[SubModel, ...]:
   """The listed sub-models or the product, the full model last; names leave out a dimension without a choice."""
   method, config = model.method, model.config
-  if method.listed:
+  if len(method.listed) > 1:
     varied = [len(set(sizes)) > 1 for sizes in zip(*method.listed)]
     named = [zip(("depth", "q_per_kv", "d_ff"), sizes, varied) for sizes in method.listed]
     return tuple(SubModel.of(**{name: size for name, size, shown in sizes if shown}) for sizes in named)
