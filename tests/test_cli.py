@@ -173,9 +173,11 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(place, trained, tmp_pat
 
 def _signalled(place, command, workdir, sign):
   """Starts a run, signals it after its first checkpoint; exit code and stderr."""
+  heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # the jobs of a script ignore Ctrl-C
   process = subprocess.Popen(
-    [sys.executable, *command], cwd=ROOT, env=place.environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE
-  )
+    [sys.executable, *command], cwd=ROOT, env=place.environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE,
+    preexec_fn=heed,
+  )  # fmt: skip
   deadline = time.monotonic() + 200
   while not (workdir / "checkpoints" / "1").exists():
     assert process.poll() is None, process.communicate()

@@ -1,3 +1,4 @@
+import contextlib
 import logging
 import resource
 
@@ -187,35 +188,42 @@ def test_folder_that_cannot_be_made(tmp_path):
     Checkpointer(tmp_path / "file" / "x", keep=2)
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def small_files(monkeypatch):
-  """No file may exceed 4 kB: to the writer that is what a full disk is. Logging is off, for it writes to a file too."""
-  monkeypatch.setattr(absl_logging.get_absl_logger(), "disabled", True)
+  """No file may exceed 4 kB: to the writer that is what a full disk is. Logging is off, for it writes to a file too.
+
+  No fixture: pytest's own report may go to a file, and is written before a fixture ends.
+  """
   soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-  resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
-  yield
-  resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+  with monkeypatch.context() as patch:
+    patch.setattr(absl_logging.get_absl_logger(), "disabled", True)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+      yield
+    finally:
+      resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("next_call", ["wait", "save", "close"])
-def test_failure_in_the_background_surfaces_at_the_next_call(tmp_path, small_files, next_call):
+def test_failure_in_the_background_surfaces_at_the_next_call(tmp_path, monkeypatch, next_call):
   state = {"w": jax.random.normal(jax.random.key(0), (200, 200))}
   checkpoints = Checkpointer(tmp_path, keep=2)
   calls = {"wait": checkpoints.wait, "save": lambda: checkpoints.save(2, state, {}), "close": checkpoints.close}
-  checkpoints.save(1, state, {})
-  with pytest.raises(CheckpointError, match=r"^cannot save checkpoint.*File too large") as caught:
-    calls[next_call]()
+  with small_files(monkeypatch):
+    checkpoints.save(1, state, {})
+    with pytest.raises(CheckpointError, match=r"^cannot save checkpoint.*File too large") as caught:
+      calls[next_call]()
   assert "\n" not in str(caught.value)
   assert Checkpointer(tmp_path, keep=None).steps() == []
 
 
-def test_error_of_the_caller_is_not_hidden_by_closing(tmp_path, small_files):
+def test_error_of_the_caller_is_not_hidden_by_closing(tmp_path, monkeypatch):
   def train():
     with Checkpointer(tmp_path, keep=2) as checkpoints:
       checkpoints.save(1, {"w": jax.random.normal(jax.random.key(0), (200, 200))}, {})
       raise ZeroDivisionError
 
-  with pytest.raises(ZeroDivisionError):
+  with small_files(monkeypatch), pytest.raises(ZeroDivisionError):
     train()
 
 
