@@ -1,4 +1,4 @@
-"""What the command-line programs share: one-line errors, and the compilation cache."""
+"""What the command-line programs share: one-line errors, joining other processes, and the compilation cache."""
 
 import os
 import pathlib
@@ -13,10 +13,23 @@ import jax
 from absl import app, logging
 from absl import flags as absl_flags
 
-from adaptive.config import ConfigError, nearest
+from adaptive import cluster
+from adaptive.config import ConfigError, RunStopped, nearest
 
+STOPPED = 1
 USER_ERROR = 2
 INTERRUPTED = 130
+
+_DISTRIBUTED = absl_flags.DEFINE_bool(
+  "distributed", None, "Be one of several processes; by default, when the environment says so (Slurm, GKE, Open MPI)."
+)
+_COORDINATOR = absl_flags.DEFINE_string("coordinator_address", None, "host:port of process 0, where no launcher tells.")
+_PROCESSES = absl_flags.DEFINE_integer("num_processes", None, "How many processes there are.", lower_bound=1)
+_PROCESS = absl_flags.DEFINE_integer("process_id", None, "Which of them this one is.", lower_bound=0)
+_JOIN_TIMEOUT = absl_flags.DEFINE_integer("join_timeout", 300, "Seconds to wait for all to start.", lower_bound=1)
+_HEARTBEAT = absl_flags.DEFINE_integer(
+  "heartbeat_timeout", 60, "Seconds of silence after which a process counts as lost, and all end.", lower_bound=1
+)
 
 
 def run(main: Callable[[list[str]], None]) -> None:
@@ -26,20 +39,37 @@ def run(main: Callable[[list[str]], None]) -> None:
     if "--verbosity" not in " ".join(sys.argv):
       logging.set_verbosity(logging.WARNING)  # absl's default lets jax tell which devices are not there
     try:
+      _join_others()
       main(argv)
     except ConfigError as error:
       fail(str(error))
+    except RunStopped as error:
+      fail(str(error), STOPPED)
     except KeyboardInterrupt:
-      print("interrupted; the same command goes on from what was saved", file=sys.stderr)
-      sys.exit(INTERRUPTED)
+      # Not sys.exit: at exit Python waits for threads, and one that was reading or writing may never end.
+      print("interrupted", file=sys.stderr, flush=True)
+      os._exit(INTERRUPTED)
 
   app.run(guarded, flags_parser=_parse_flags)
 
 
-def fail(message: str) -> None:
+def fail(message: str, code: int = USER_ERROR) -> None:
   """Ends the program with a one-line error."""
-  print(f"error: {' '.join(message.split())}", file=sys.stderr)
-  sys.exit(USER_ERROR)
+  print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+  if jax.distributed.is_initialized():
+    os._exit(code)  # the others may be waiting for this one, which would wait for them at exit
+  sys.exit(code)
+
+
+def _join_others() -> None:
+  """Joins the other processes when flags or the environment say that there are any."""
+  address = (_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+  given = any(value is not None for value in address)
+  if _DISTRIBUTED.value is False and given:
+    fail("--nodistributed does not go with --coordinator_address, --num_processes or --process_id")
+  several = given or cluster.launched_as_one_of_many() if _DISTRIBUTED.value is None else _DISTRIBUTED.value
+  if several:
+    cluster.join(*address, timeout=_JOIN_TIMEOUT.value, heartbeat_timeout=_HEARTBEAT.value)
 
 
 def _parse_flags(argv: list[str]) -> list[str]:

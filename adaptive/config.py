@@ -21,6 +21,10 @@ class ConfigError(ValueError):
   """A setting that cannot work. The message is one line, fit to be shown to the user as it is."""
 
 
+class RunStopped(Exception):  # noqa: N818 - it stopped as the config said
+  """A run ended before its last step because something in it went wrong. The message is one line too."""
+
+
 def require(condition: bool, message: str) -> None:
   """Raises `ConfigError(message)` unless the condition holds."""
   if not condition:
@@ -221,6 +225,35 @@ class OptimizerConfig:
     require_range(self, "training.optimizer.", "decay_fraction final_fraction b1 b2", 0, 1)
 
 
+GuardAction = Literal["stop", "skip", "rollback"]
+
+
+@dataclasses.dataclass(frozen=True)
+class GuardConfig:
+  """What happens when an update is bad; it is never made (see `adaptive.training.guard`).
+
+  `stop` ends the run, naming the step, the batch's rows and the last good checkpoint. `skip` goes on with the next
+  batch. `rollback` goes back to the last checkpoint and on from there with the data after the bad batch.
+
+  Attributes:
+    nonfinite: when loss or gradient norm is not finite.
+    spike: when either is more than `spike_sigmas` standard deviations above its mean over the last `spike_window`
+      updates; `off` does not look.
+    limit: so many skips in a row, or rollbacks in all, end the run.
+  """
+
+  nonfinite: GuardAction = "stop"
+  spike: Literal["off", "stop", "skip", "rollback"] = "off"
+  spike_sigmas: float = 6.0
+  spike_window: int = 128
+  limit: int = 10
+
+  def __post_init__(self):
+    require_range(self, "training.guard.", "spike_sigmas", 0, above=True)
+    require_range(self, "training.guard.", "spike_window", 2)
+    require_range(self, "training.guard.", "limit", 1)
+
+
 @dataclasses.dataclass(frozen=True)
 class TrainingConfig:
   """The loop.
@@ -229,7 +262,10 @@ class TrainingConfig:
     steps: optimizer updates in the whole run.
     grad_accum: micro-batches whose gradients are averaged in one update; divides data.batch_size.
     eval_every, checkpoint_every, log_every: in steps; 0 means only at the end.
-    keep_checkpoints: newest N are kept.
+    keep_checkpoints: newest N are kept; at least two, so that a damaged one leaves another.
+    keep_best: name of a validation metric, such as `validation/loss`; the checkpoint with its best value is kept too
+      (the highest of an accuracy, the lowest of anything else). Empty: none.
+    guard: what happens when a loss or gradient is not finite.
     tensorboard, wandb: further metric writers beside `metrics.jsonl`; wandb takes the project's name.
   """
 
@@ -240,11 +276,14 @@ class TrainingConfig:
   checkpoint_every: int = 0
   log_every: int = 10
   keep_checkpoints: int = 2
+  keep_best: str = ""
+  guard: GuardConfig = GuardConfig()
   tensorboard: bool = False
   wandb: str = ""
 
   def __post_init__(self):
-    require_range(self, "training.", "steps grad_accum log_every keep_checkpoints", 1)
+    require_range(self, "training.", "steps grad_accum log_every", 1)
+    require_range(self, "training.", "keep_checkpoints", 2)
     require_range(self, "training.", "eval_every checkpoint_every", 0)
 
 
@@ -297,7 +336,7 @@ class Experiment:
 # Fields that may differ between a workdir's saved config and the command that resumes it: none changes what is learned.
 _FREE_ON_RESUME = (
   "evaluation", "mesh", "training.eval_every", "training.checkpoint_every", "training.log_every",
-  "training.keep_checkpoints", "training.tensorboard", "training.wandb",
+  "training.keep_checkpoints", "training.keep_best", "training.tensorboard", "training.wandb",
 )  # fmt: skip
 
 

@@ -4,21 +4,27 @@ A run's checkpoints hold the whole train state, one folder per step, and restore
 alone. An extracted sub-model's holds parameters only.
 
 A folder appears under its final name only when everything in it is written, so a killed run leaves the last finished
-step. Damaged bytes are not detected here: Orbax stores no checksums.
+step. Orbax stores no checksums and tries no older step when the newest is damaged: `manifest.py` tells, and both are
+done here.
 """
 
 import contextlib
+import json
 import logging
 import os
 import pathlib
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging as absl_logging
+from jax.experimental import multihost_utils
 
 from adaptive.config import ConfigError
+from adaptive.training import manifest
 
 
 class CheckpointError(ConfigError):
@@ -41,19 +47,25 @@ class Checkpointer:
 
   Args:
     folder: holds one folder per step; created when writing.
-    keep: the newest `keep` steps stay, older ones are deleted. None is for reading: nothing is created or deleted, so
-      that an evaluation can look into the folder of a running training.
+    keep: the newest `keep` steps stay, older ones are deleted. None is for reading: nothing is created, deleted or
+      renamed, so that an evaluation can look into the folder of a running training.
+    keep_best: name of a metric; the step with the best value of it stays too (see `better`).
 
   Raises:
     CheckpointError: the folder cannot be created.
   """
 
-  def __init__(self, folder: str | os.PathLike, keep: int | None):
+  def __init__(self, folder: str | os.PathLike, keep: int | None, keep_best: str = ""):
     self.folder = pathlib.Path(folder).absolute()
     self._writable = keep is not None
+    self._sealing: manifest.Sealing | None = None
+    self._checked: set[int] = set()  # reading a large checkpoint to look at its hashes takes long; once is enough
+    if self._writable:
+      self._set_damaged_aside()
     options = ocp.CheckpointManagerOptions(
-      max_to_keep=keep, create=self._writable, cleanup_tmp_directories=self._writable, enable_async_checkpointing=True
-    )
+      preservation_policy=_NewestAndBest(keep, _BestStep(self.folder, keep_best)) if self._writable else None,
+      create=self._writable, cleanup_tmp_directories=self._writable, enable_async_checkpointing=True,
+    )  # fmt: skip
     handlers = {"state": ocp.PyTreeCheckpointHandler(), "metadata": ocp.JsonCheckpointHandler()}
     with _one_line(f"cannot use {folder} for checkpoints"):
       self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
@@ -68,13 +80,13 @@ class Checkpointer:
     with contextlib.suppress(CheckpointError):  # it would hide the error that is on its way
       self.close()
 
-  def save(self, step: int, state: Any, metadata: dict[str, Any]) -> None:
+  def save(self, step: int, state: Any, metadata: Mapping[str, Any]) -> None:
     """Starts to save; returns when `state` may be donated or overwritten. Does nothing if the step is saved already.
 
     Args:
       step: finished updates.
       state: pytree of arrays, sharded in any way.
-      metadata: JSON-serialisable.
+      metadata: JSON-serialisable; its entry `metrics`, name -> value, is what `keep_best` compares.
 
     Raises:
       CheckpointError: this save, or the previous one that went on in the background, failed.
@@ -82,12 +94,15 @@ class Checkpointer:
     assert self._writable, "opened for reading"
     if step in self._manager.all_steps():
       return
-    args = ocp.args.Composite(state=ocp.args.PyTreeSave(state), metadata=ocp.args.JsonSave(metadata))
+    self.wait()
+    args = ocp.args.Composite(state=ocp.args.PyTreeSave(state), metadata=ocp.args.JsonSave(dict(metadata)))
     with _one_line(f"cannot save checkpoint {self._path(step)}"):
       self._manager.save(step, args=args, force=True)  # the caller chose the step; Orbax's own policy has no say
+    if jax.process_index() == 0:
+      self._sealing = manifest.Sealing(self._path(step))
 
   def steps(self) -> list[int]:
-    """Finished checkpoints, oldest first. Waits for a save that is under way, and raises as `wait` does."""
+    """All checkpoints, good or not, oldest first. Waits for a save that is under way, and raises as `wait` does."""
     self.wait()
     with _one_line(f"cannot read {self.folder}"):
       if not self._writable and self.folder.exists():
@@ -95,8 +110,16 @@ class Checkpointer:
       return sorted(self._manager.all_steps())
 
   def latest_step(self) -> int | None:
-    """Newest finished checkpoint, None if there is none."""
-    return max(self.steps(), default=None)
+    """Newest checkpoint whose files are as they were written, None if there is none.
+
+    Newer ones that are not are named on stderr.
+    """
+    for step in reversed(self.steps()):
+      found = self._problem(step)
+      if found is None:
+        return step
+      _report(self._path(step), found)
+    return None
 
   def restore(self, step: int, abstract_state: Any) -> Any:
     """Reads a state onto the mesh that `abstract_state` names, whichever it was saved from.
@@ -110,10 +133,13 @@ class Checkpointer:
       A pytree of the same structure, shapes, dtypes and shardings.
 
     Raises:
-      CheckpointError: no such checkpoint; its first leaf that is missing, unknown, or of another shape or dtype; or it
-        cannot be read.
+      CheckpointError: no such checkpoint; its first file that is not as it was written; its first leaf that is missing,
+        unknown, or of another shape or dtype; or it cannot be read.
     """
     self._require(step)
+    found = self._problem(step)
+    if found:
+      raise CheckpointError(f"checkpoint {self._path(step)} is damaged: {found}")
     with _one_line(f"cannot read checkpoint {self._path(step)}"):
       stored = self._manager.item_metadata(step).state.tree
     if isinstance(abstract_state, dict):
@@ -141,7 +167,12 @@ class Checkpointer:
       CheckpointError: a save that went on in the background failed.
     """
     with _one_line(f"cannot save checkpoints in {self.folder}"):
-      self._manager.wait_until_finished()
+      try:
+        self._manager.wait_until_finished()
+      finally:
+        sealing, self._sealing = self._sealing, None
+        if sealing:
+          sealing.finish()
 
   def close(self) -> None:
     """Waits as `wait` does, then lets go of the folder. Raises as `wait` does."""
@@ -149,6 +180,38 @@ class Checkpointer:
       self.wait()
     finally:
       self._manager.close()
+
+  def _set_damaged_aside(self) -> None:
+    """Renames what is newer than the newest good checkpoint: the run will come to those steps again.
+
+    Nothing is deleted: a checkpoint whose manifest alone was lost may be all that a user has.
+    """
+    names = [path.name for path in self.folder.iterdir()] if self.folder.is_dir() else []
+    for step in sorted((int(name) for name in names if name.isdecimal()), reverse=True):
+      found = self._problem(step)
+      if found is None:
+        break
+      if jax.process_index() == 0:
+        path = self._path(step)
+        aside = next(p for i in range(len(names) + 1) if not (p := self.folder / f"{step}.damaged{i or ''}").exists())
+        _report(path, f"{found}; set aside as {aside.name}")
+        with _one_line(f"cannot rename {path}"):
+          path.rename(aside)
+    if jax.process_count() > 1:
+      multihost_utils.sync_global_devices("damaged checkpoints are set aside")
+
+  def _problem(self, step: int) -> str | None:
+    """`manifest.problem` of a checkpoint, with the reading shared among the processes; the same on all of them."""
+    if step in self._checked:
+      return None
+    found = manifest.problem(self._path(step), jax.process_index(), jax.process_count())
+    if jax.process_count() > 1:
+      everywhere = multihost_utils.process_allgather(np.array(found is not None))
+      if found is None and everywhere.any():
+        found = f"says process {everywhere.argmax()}"
+    if found is None:
+      self._checked.add(step)
+    return found
 
   def _path(self, step: int) -> pathlib.Path:
     return self.folder / str(step)
@@ -158,6 +221,40 @@ class Checkpointer:
     if step not in found:
       there = f"it holds {', '.join(map(str, found))}" if found else "it holds none"
       raise CheckpointError(f"no checkpoint of step {step} in {self.folder}; {there}")
+
+
+class _BestStep:
+  """Which step has the best value of a metric, read from what each checkpoint says of itself."""
+
+  def __init__(self, folder: pathlib.Path, metric: str):
+    self._folder, self._metric, self._values = folder, metric, {}
+
+  def __call__(self, steps: Sequence[int]) -> int | None:
+    if not self._metric:
+      return None
+    for step in set(steps) - set(self._values):
+      # The step that is being saved has no file yet; it is among the newest, and read the next time.
+      with contextlib.suppress(OSError, ValueError):
+        text = (self._folder / str(step) / "metadata" / "metadata").read_text(encoding="utf-8")
+        self._values[step] = json.loads(text).get("metrics", {}).get(self._metric)
+    known = {step: value for step, value in self._values.items() if step in steps and value is not None}
+    return (max if "accuracy" in self._metric else min)(known, key=known.get, default=None)
+
+
+class _NewestAndBest:
+  """Orbax's preservation policy: the newest `keep` steps, and the best."""
+
+  def __init__(self, keep: int, best: _BestStep):
+    self._keep, self._best = keep, best
+
+  def should_preserve(self, checkpoints, *, context) -> list[bool]:
+    steps = [info.step for info in checkpoints]
+    kept = {*sorted(steps)[-self._keep :], self._best(steps)}
+    return [step in kept for step in steps]
+
+
+def _report(path: pathlib.Path, found: str) -> None:
+  print(f"warning: checkpoint {path} is damaged: {found}", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

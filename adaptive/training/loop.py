@@ -4,8 +4,9 @@ Everything random is a function of the step, so a run that resumes from a checkp
 would have done.
 """
 
+import contextlib
+import dataclasses
 import json
-import math
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,115 +14,152 @@ from typing import Any
 import jax
 import numpy as np
 
+from adaptive import cluster
 from adaptive.config import require
 from adaptive.data import train_batches, validation_batches
 from adaptive.evaluation import quality
-from adaptive.methods.contract import Metrics, SubModel
+from adaptive.methods.contract import SubModel
 from adaptive.training import metrics as metric_tools
 from adaptive.training import state as states
 from adaptive.training.checkpoint import Checkpointer
+from adaptive.training.guard import BadUpdate
+from adaptive.training.position import Position, roll_back
+from adaptive.training.recorder import Recorder
 from adaptive.training.run import CHECKPOINTS, Run
 from adaptive.training.state import TrainState
 from adaptive.training.step import compile_step
-from adaptive.training.workdir import open_workdir
+from adaptive.training.stopping import StopRequest
+from adaptive.training.workdir import in_use, open_workdir, versions
 
 
 def train(run: Run, workdir: str) -> None:
-  """Trains to the config's last step, from the newest checkpoint of the workdir if there is one.
+  """Trains to the config's last step, from the newest good checkpoint of the workdir if there is one.
+
+  SIGTERM or SIGINT ends the run early and well: the step under way is finished and saved.
 
   Raises:
-    ConfigError: the workdir holds another config, was trained on other data, or cannot be written.
+    ConfigError: the workdir holds another config, was trained on other data, is in use, or cannot be written.
+    RunStopped: an update was bad, and the config says to stop then.
   """
-  started = time.monotonic()
-  settings, steps = run.experiment.training, run.experiment.training.steps
+  started, settings = time.monotonic(), run.experiment.training
+  cluster.agree("configs or data", run.config_json + run.dataset.fingerprint)
   folder = open_workdir(workdir, run.config_json)
-  with Checkpointer(folder / CHECKPOINTS, settings.keep_checkpoints) as checkpointer:
-    first = checkpointer.latest_step() or 0
-    if first:
-      _check_origin(run, workdir, checkpointer.metadata(first))
-    resumed = first if first else None
-    writers = metric_tools.open_writers(folder, settings, resumed, json.loads(run.config_json))
-    with writers, metric_tools.Progress(steps, first) as progress, jax.set_mesh(run.mesh):
-      progress.message(_headline(run, first))
-      state = _restore(run, checkpointer, first)
-      _steps(run, state, first, checkpointer, writers, progress, started)
+  with contextlib.ExitStack() as stack:
+    stack.enter_context(in_use(folder))
+    stop = stack.enter_context(StopRequest())
+    checkpointer = Checkpointer(folder / CHECKPOINTS, settings.keep_checkpoints, settings.keep_best)
+    stack.enter_context(checkpointer)
+    position = _newest(run, workdir, checkpointer)
+    while True:
+      try:
+        reached = _train_from(run, folder, position, checkpointer, stop, started)
+        break
+      except BadUpdate as bad:
+        newest = _newest(run, workdir, checkpointer)
+        position = roll_back(run, folder, position, newest, bad)
+      except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+          raise
+        cluster.leave(error)
+  if reached < settings.steps and jax.process_index() == 0:
+    print(f"{stop.name}: stopped and saved at step {reached} of {settings.steps}; the same command goes on", flush=True)
 
 
-def _check_origin(run: Run, workdir: str, metadata: Mapping[str, Any]) -> None:
-  """Raises ConfigError unless the checkpoint is a training's on the data of this run."""
+def _newest(run: Run, workdir: str, checkpointer: Checkpointer) -> Position:
+  """Where the newest good checkpoint stands; the start when there is none.
+
+  Raises:
+    ConfigError: it is not a training's on the data of this run.
+  """
+  step = checkpointer.latest_step()
+  if step is None:
+    return Position()
+  metadata = checkpointer.metadata(step)
   require("extracted_from" not in metadata, f"{workdir} holds an extracted sub-model, which has no optimizer state")
   require(
-    metadata["data"] == run.dataset.fingerprint,
-    f"{workdir} was trained on other data: its fingerprint is {metadata['data']}, that of {run.dataset.description} is "
-    f"{run.dataset.fingerprint}; choose another --workdir",
+    metadata["data"]["fingerprint"] == run.dataset.fingerprint,
+    f"{workdir} was trained on other data: its fingerprint is {metadata['data']['fingerprint']}, that of "
+    f"{run.dataset.description} is {run.dataset.fingerprint}; choose another --workdir",
   )
+  return Position.of(metadata)
 
 
-def _steps(run: Run, state: TrainState, first: int, checkpointer, writers, progress, started: float) -> None:
-  settings, steps, seed = run.experiment.training, run.experiment.training.steps, run.experiment.seed
-  step_fn = compile_step(run.method, run.model, run.optimizer, run.mesh, seed, settings.grad_accum)
-  batches = train_batches(run.dataset.train, run.experiment.data.batch_size, seed, first, steps, run.mesh)
-  evaluate, delayed, names = _evaluator(run), metric_tools.Delayed(), [s.name for s in run.method.submodels(run.model)]
+def _train_from(run: Run, folder, position: Position, checkpointer, stop: StopRequest, started: float) -> int:
+  """Trains from a position to the end, or until it is asked to stop; the step it came to."""
+  settings = run.experiment.training
+  resumed = position.step or None
+  with contextlib.ExitStack() as stack:
+    writers = stack.enter_context(metric_tools.open_writers(folder, settings, resumed, json.loads(run.config_json)))
+    progress = stack.enter_context(metric_tools.Progress(settings.steps, position.step))
+    stack.enter_context(jax.set_mesh(run.mesh))
+    progress.message(_headline(run, position))
+    state = _restore(run, checkpointer, position.step)
+    return _steps(run, state, position, checkpointer, stop, writers, progress, started)
+
+
+def _steps(run: Run, state: TrainState, position: Position, checkpointer, stop, writers, progress, started) -> int:
+  experiment, settings, steps = run.experiment, run.experiment.training, run.experiment.training.steps
+  seed, first, left_out = experiment.seed, position.step, position.batches_left_out
+  step_fn = compile_step(run.method, run.model, run.optimizer, run.mesh, seed, settings.grad_accum, settings.guard)
+  batches = train_batches(
+    run.dataset.train, experiment.data.batch_size, seed, first + left_out, steps + left_out, run.mesh
+  )
+  evaluate, recorder, scores = _evaluator(run), Recorder(run, writers, progress), {}
   static = run.method.static_choice(run.model)
-
-  def record(held: tuple[int, Metrics] | None) -> None:
-    if held is None:
-      return
-    step, values = held[0], metric_tools.mean(_by_name(held[1], names, run.method.sample(run.model, seed, held[0] - 1)))
-    progress.update(step, run.experiment.data.batch_size * run.experiment.data.seq_len, values["loss"])
-    if step % settings.log_every == 0 or step in (1, steps):
-      rate = {} if math.isnan(progress.tokens_per_second) else {"tokens_per_second": progress.tokens_per_second}
-      writers.write(step, {**values, **rate})
-
-  for step in range(first, steps + 1):
-    if step > first and (step == steps or _due(settings.eval_every, step)):
-      record(delayed.flush())
-      values = evaluate(state.params)
-      writers.write(step, values)
-      progress.message(f"step {step}: validation loss {values['validation/loss']:.4f} nats per token")
-      progress.restart_rate()
-    if step > first and (step == steps or _due(settings.checkpoint_every, step)):
-      record(delayed.flush())
-      checkpointer.save(step, _items(state), {"step": step, "seed": seed, "data": run.dataset.fingerprint})
-    if step == steps:
-      break
-    batch = next(batches)
-    choice = run.method.sample(run.model, seed, step)
-    state, values = step_fn(state, batch, choice if static else np.asarray(choice, np.int32))
-    record(delayed.push(step + 1, values))
-    if step == first:
-      jax.block_until_ready(values)
-      progress.message(f"first step done {time.monotonic() - started:.1f} s after the loop began (compiling included)")
+  with contextlib.closing(batches):
+    for step in range(first, steps + 1):
+      moved, stopping = step > first, step < steps and stop.at(step)
+      if moved and (step == steps or _due(settings.eval_every, step)):
+        recorder.flush()
+        scores = evaluate(state.params)
+        writers.write(step, scores)
+        progress.message(f"step {step}: validation loss {scores['validation/loss']:.4f} nats per token")
+        progress.restart_rate()
+      if moved and (step == steps or stopping or _due(settings.checkpoint_every, step)):
+        recorder.flush()
+        checkpointer.save(step, _items(state), _metadata(run, dataclasses.replace(position, step=step), scores))
+      if step == steps or stopping:
+        return step
+      scores = {}
+      batch = next(batches)
+      choice = run.method.sample(run.model, seed, step)
+      state, values = step_fn(state, batch, choice if static else np.asarray(choice, np.int32))
+      recorder.push(step + 1, values)
+      if step == first:
+        jax.block_until_ready(values)
+        progress.message(
+          f"first step done {time.monotonic() - started:.1f} s after the loop began (compiling included)"
+        )
 
 
 def _due(every: int, step: int) -> bool:
   return every > 0 and step % every == 0
 
 
-def _by_name(values: Metrics, names: list[str], choice: tuple[int, ...]) -> Metrics:
-  """Replaces metrics that have one value per sub-model of the choice by one metric for each of those sub-models."""
-  flat = {}
-  for key, (total, count) in jax.device_get(values).items():
-    if not np.ndim(total):
-      flat[key] = (total, count)
-      continue
-    for index, *pair in zip(choice, total, count):  # a sub-model drawn twice adds up
-      name = f"{key}/{names[index]}"
-      flat[name] = tuple(a + b for a, b in zip(flat.get(name, (0.0, 0.0)), pair))
-  return flat
+def _metadata(run: Run, position: Position, scores: Mapping[str, float]) -> dict[str, Any]:
+  """What a checkpoint says of itself: enough to repeat the run from there without the workdir around it."""
+  return {
+    **position.metadata(),
+    "data": run.dataset.position(position.batch, run.experiment.data.batch_size),
+    "random": {"seed": run.experiment.seed, "implementation": str(jax.random.key_impl(jax.random.key(0)))},
+    "config": json.loads(run.config_json),
+    "versions": versions(),
+    "metrics": dict(scores),
+  }
 
 
 def _items(state: TrainState) -> dict[str, Any]:
   """A checkpoint's parts: the parameters apart, since evaluation reads nothing else."""
-  return {"params": state.params, "optimizer": {"step": state.step, "state": state.opt_state}}
+  return {"params": state.params, "optimizer": {"step": state.step, "state": state.opt_state}, "guard": state.guard}
 
 
 def _restore(run: Run, checkpointer: Checkpointer, step: int) -> TrainState:
   """The state of a checkpoint, or a fresh one for step 0."""
+  guard = run.experiment.training.guard
   if step == 0:
-    return states.create(run.model, run.optimizer, run.mesh, run.experiment.seed)
-  items = checkpointer.restore(step, _items(states.abstract(run.model, run.optimizer, run.mesh)))
-  return TrainState(items["optimizer"]["step"], items["params"], items["optimizer"]["state"])
+    return states.create(run.model, run.optimizer, run.mesh, run.experiment.seed, guard)
+  items = checkpointer.restore(step, _items(states.abstract(run.model, run.optimizer, run.mesh, guard)))
+  return TrainState(items["optimizer"]["step"], items["params"], items["optimizer"]["state"], items["guard"])
 
 
 def _evaluator(run: Run) -> Callable[[Any], Mapping[str, float]]:
@@ -139,11 +177,11 @@ def _evaluator(run: Run) -> Callable[[Any], Mapping[str, float]]:
   return evaluate
 
 
-def _headline(run: Run, first: int) -> str:
+def _headline(run: Run, position: Position) -> str:
   submodels = run.method.submodels(run.model)
   seq_len = run.experiment.data.seq_len
   full = run.method.cost(run.model, submodels[-1], seq_len, {})
-  where = f"resuming at step {first}" if first else "from scratch"
+  where = f"resuming at step {position.step}" if position.step else "from scratch"
   return (
     f"{run.method_name}: {full.params_total:,} parameters, {len(submodels)} sub-models, {where}; "
     f"{run.dataset.description}, fingerprint {run.dataset.fingerprint}; mesh {dict(run.mesh.shape)}"

@@ -204,14 +204,18 @@ class Progress:
     """Over the recent window; NaN until two steps are done."""
     return self._per_second(1)
 
-  def update(self, step: int, tokens: int, loss: float) -> None:
-    """Takes the finished updates, the tokens since the last call, and the loss. Called once per step."""
+  def update(self, step: int, tokens: int, loss: float, skipped: int = 0) -> None:
+    """Takes the finished updates, the tokens since the last call, the loss, and the updates skipped so far.
+
+    Called once per step.
+    """
     self._tokens += tokens
     self._marks.append((self._clock(), self._tokens, step))
     numbers = [f"loss {loss:.4f}"]
     if len(self._marks) > 1:
       left = tqdm.tqdm.format_interval((self._steps - step) / max(self._per_second(2), 1e-9))
       numbers += [f"{self.tokens_per_second:,.0f} tokens/s", f"{left} left"]
+    numbers += [f"{skipped} skipped"] if skipped else []
     if self._bar is not None:
       self._bar.set_postfix_str("  ".join(numbers), refresh=False)
       self._bar.update(step - self._bar.n)

@@ -9,8 +9,10 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from adaptive import sharding
+from adaptive import losses, sharding
+from adaptive.config import GuardConfig
 from adaptive.methods.contract import Batch, Method, Metrics, Params
+from adaptive.training import guard as guards
 from adaptive.training import state as states
 from adaptive.training.state import TrainState
 
@@ -18,20 +20,34 @@ StepFn = Callable[[TrainState, Batch, Any], tuple[TrainState, Metrics]]
 
 
 def make_step(
-  method: Method, model: nn.Module, optimizer: optax.GradientTransformation, seed: int, grad_accum: int
+  method: Method,
+  model: nn.Module,
+  optimizer: optax.GradientTransformation,
+  seed: int,
+  grad_accum: int,
+  guard: GuardConfig = guards.DEFAULT,
 ) -> StepFn:
-  """The update, not yet compiled. Metrics are those of the method and `grad_norm`, before clipping."""
+  """The update, not yet compiled.
+
+  Metrics are those of the method, `grad_norm` before clipping, and what the guard says: `verdict` of this update,
+  `skipped_updates` so far, and `skipped_in_a_row`.
+  """
 
   def step(state: TrainState, batch: Batch, choice: Any) -> tuple[TrainState, Metrics]:
     key = jax.random.fold_in(jax.random.key(seed), state.step)
 
-    def loss_fn(params: Params, rows: Batch):
-      return method.loss(model, params, rows, choice, key, state.step)
+    def loss_fn(params: Params, rows: Batch, part: int | jax.Array):
+      return method.loss(model, params, rows, choice, jax.random.fold_in(key, part), state.step)
 
     grads, metrics = _gradients(loss_fn, state.params, batch, grad_accum)
+    grad_norm = optax.tree.norm(grads)
+    verdict, judged = guards.judge(guard, state.guard, losses.mean(metrics["loss"]), grad_norm)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    metrics = {**metrics, "grad_norm": (optax.tree.norm(grads), jnp.ones(()))}
-    return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), metrics
+    made = optax.apply_updates(state.params, updates), opt_state
+    params, opt_state = guards.choose(verdict, made, (state.params, state.opt_state))
+    found = dict(grad_norm=grad_norm, verdict=verdict, skipped_updates=judged.skipped, skipped_in_a_row=judged.in_a_row)
+    metrics = {**metrics, **{name: (value, jnp.ones(())) for name, value in found.items()}}
+    return TrainState(state.step + 1, params, opt_state, judged), metrics
 
   return step
 
@@ -44,26 +60,34 @@ def _gradients(loss_fn: Callable, params: Params, batch: Batch, parts: int) -> t
   """
   gradient = jax.grad(loss_fn, has_aux=True)
   if parts == 1:
-    return gradient(params, batch)
+    return gradient(params, batch, 0)
 
-  def add_part(total, rows):
-    grads, metrics = gradient(params, rows)
+  def add_part(total, part_and_rows):
+    part, rows = part_and_rows
+    grads, metrics = gradient(params, rows, part)
     tokens = metrics["loss"][1]
-    return jax.tree.map(jnp.add, total, (jax.tree.map(lambda g: g * tokens.astype(g.dtype), grads), tokens)), metrics
+    return jax.tree.map(jnp.add, total, (jax.tree.map(lambda g: g * tokens, grads), tokens)), metrics
 
-  start = (jax.tree.map(jnp.zeros_like, params), jnp.zeros(()))
-  (grads, tokens), metrics = jax.lax.scan(add_part, start, sharding.split_rows(batch, parts))
-  scale = 1.0 / jnp.maximum(tokens, 1.0)
-  return jax.tree.map(lambda g: g * scale.astype(g.dtype), grads), jax.tree.map(lambda x: jnp.sum(x, 0), metrics)
+  # In float32 whatever the parameters are: bfloat16 cannot even count the tokens of a batch.
+  start = (jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params), jnp.zeros(()))
+  (grads, tokens), metrics = jax.lax.scan(add_part, start, (jnp.arange(parts), sharding.split_rows(batch, parts)))
+  grads = jax.tree.map(lambda g, p: (g / jnp.maximum(tokens, 1.0)).astype(p.dtype), grads, params)
+  return grads, jax.tree.map(lambda x: jnp.sum(x, 0), metrics)
 
 
 def compile_step(
-  method: Method, model: nn.Module, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int, grad_accum: int
+  method: Method,
+  model: nn.Module,
+  optimizer: optax.GradientTransformation,
+  mesh: Mesh,
+  seed: int,
+  grad_accum: int,
+  guard: GuardConfig = guards.DEFAULT,
 ) -> Any:
   """The jitted update with the state donated. Where the method wants static choices, each choice compiles its own."""
-  where = states.shardings(model, optimizer, mesh)
+  where = states.shardings(model, optimizer, mesh, guard)
   return jax.jit(
-    make_step(method, model, optimizer, seed, grad_accum),
+    make_step(method, model, optimizer, seed, grad_accum, guard),
     donate_argnums=0,
     static_argnums=2 if method.static_choice(model) else (),
     out_shardings=(where, sharding.replicated(mesh)),

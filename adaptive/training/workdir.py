@@ -1,11 +1,13 @@
 """The folder of one run: which config and which library versions produced what lies in it."""
 
 import contextlib
+import fcntl
 import importlib.metadata
 import json
 import os
 import pathlib
 import platform
+import socket
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +18,7 @@ from adaptive.methods import parse_config
 
 CONFIG_FILE = "config.json"
 VERSIONS_FILE = "versions.json"
+LOCK_FILE = ".lock"
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "adaptive")
 _FIELDS_SHOWN = 3
 
@@ -53,6 +56,32 @@ def open_workdir(path: str | os.PathLike, config_json: str) -> pathlib.Path:
   if VERSIONS_FILE not in contents:
     write_atomically(folder / VERSIONS_FILE, json.dumps(versions(), indent=2) + "\n")
   return folder
+
+
+@contextlib.contextmanager
+def in_use(folder: pathlib.Path) -> Iterator[None]:
+  """Marks a workdir as this run's while it trains. The mark is a file lock, which goes with the process that held it.
+
+  Raises:
+    ConfigError: another live run has it.
+  """
+  if jax.process_index() != 0:
+    yield
+    return
+  with user_errors(f"cannot write {folder / LOCK_FILE}"):
+    file = (folder / LOCK_FILE).open("a+", encoding="utf-8")
+  with file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      file.seek(0)
+      raise ConfigError(f"{folder} is in use by another run ({file.read().strip() or 'it has just begun'})") from None
+    except OSError:
+      pass  # a file system without locks, as some mounted buckets are; nothing to be known there
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    yield
 
 
 def load_config(path: str | os.PathLike) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from absl import logging as absl_logging
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from adaptive.training import manifest
 from adaptive.training.checkpoint import Checkpointer, CheckpointError
 
 SPLIT = P("data", "tensor")
@@ -176,6 +177,7 @@ def test_unreadable_checkpoint_is_one_line(tmp_path):
   with Checkpointer(tmp_path, keep=2) as checkpoints:
     checkpoints.save(5, state, {})
   (tmp_path / "5" / "state" / "manifest.ocdbt").write_bytes(b"")
+  manifest.write(tmp_path / "5")  # as if it had been written so
   with Checkpointer(tmp_path, keep=None) as reader, pytest.raises(CheckpointError) as caught:
     reader.restore(5, abstract(state))
   assert str(caught.value).startswith(f"cannot read checkpoint {tmp_path}/5: ")

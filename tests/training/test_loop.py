@@ -104,7 +104,7 @@ def test_resume_is_bit_exact(name, data, straight, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_run_learns_and_leaves_its_files(name, straight):
   _, workdir = straight(name)
-  assert sorted(os.listdir(workdir)) == ["checkpoints", "config.json", "metrics.jsonl", "versions.json"]
+  assert sorted(os.listdir(workdir)) == [".lock", "checkpoints", "config.json", "metrics.jsonl", "versions.json"]
   assert os.listdir(workdir / "checkpoints") == [str(STEPS)]
   lines = tiny_run.lines(workdir)
   assert [line["step"] for line in lines] == [*range(1, STEPS + 1), STEPS]
@@ -130,7 +130,7 @@ def test_a_finished_run_started_again_changes_nothing(straight):
   run, workdir = straight("dense")
 
   def contents():
-    return {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in sorted(workdir.rglob("*")) if p.is_file()}
+    return {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in sorted(workdir.rglob("[!.]*")) if p.is_file()}
 
   before = contents()
   loop.train(run, workdir)

@@ -49,7 +49,7 @@ def test_one_by_eight_rows_equals_eight_by_one(name):
   assert len(set(tokens.tolist())) > 1
   descent = optim.optax.sgd(1.0)
   params = tiny.random_params(MODEL)
-  start = states.TrainState(jnp.int32(0), params, descent.init(params))
+  start = states.fresh(params, descent)
   choice = jnp.asarray(method.sample(model, 0, 0))
   results = [jax.jit(make_step(method, model, descent, 0, parts))(start, BATCH, choice) for parts in (1, 8)]
   moved = [jax.tree.map(lambda a, b: a - b, state.params, params) for state, _ in results]
