@@ -3,66 +3,13 @@
 import json
 import os
 import pathlib
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import tiny_run
+from places import Place
 
 from adaptive import methods
 from adaptive.config import to_json
-
-ROOT = pathlib.Path(__file__).parent.parent
-
-CONFIG = """
-from adaptive import methods
-
-
-def get_config(variant=""):
-  config = methods.default_config("sorted_net")
-  config.model.update({model})
-  config.method.update(depths=(1, 2), d_ff=(16, 32))
-  config.data.update(source="files", path={data!r}, seq_len=32, batch_size=8)
-  config.training.update(steps=8, log_every=1)
-  config.training.optimizer.update(warmup_steps=1, learning_rate=1e-2)
-  config.evaluation.update(rows=8, batch_size=8, latency_repeats=5, prefill_tokens=8)
-  return config
-"""
-
-
-class Place:
-  """A folder with a corpus and a config, and a way to run the programs in it."""
-
-  def __init__(self, folder: pathlib.Path):
-    self.folder = folder
-    text = CONFIG.format(model=tiny_run.MODEL, data=tiny_run.corpus(folder / "corpus"))
-    self.config = self.write("tiny.py", text)
-    self.train = ["train.py", f"--config={self.config}"]
-    self.environment = {
-      **os.environ, "PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"), "JAX_PLATFORMS": "cpu",
-    }  # fmt: skip
-
-  def write(self, name: str, content: str | bytes) -> str:
-    path = self.folder / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content.encode() if isinstance(content, str) else content)
-    return str(path)
-
-  def run(self, *arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done
-
-  def run_many(self, commands: dict[str, list[str]]) -> dict[str, dict]:
-    done = subprocess.run(
-      [sys.executable, "tests/command_lines.py"], input=json.dumps(commands), cwd=ROOT, env=self.environment,
-      capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
 
 
 @pytest.fixture(scope="module")
@@ -151,41 +98,6 @@ def test_dry_run_tells_and_trains_nothing(place):
   assert "mesh {'data': 1, 'fsdp': 1, 'tensor': 1} on 1 x cpu" in out
   assert "memory of one device: state 0.1 MiB" in out
   assert not workdir.exists()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGINT])
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(place, trained, tmp_path, sign):
-  """Dies at any moment after its first checkpoint; the same command again ends like the run that never stopped."""
-  for attempt in range(5):  # a run of eight tiny steps may end before the signal reaches it
-    workdir = tmp_path / str(attempt)
-    command = [*place.train, f"--workdir={workdir}", "--config.training.checkpoint_every=1"]
-    code, err = _signalled(place, command, workdir, sign)
-    if code != 0:
-      break
-  assert code == (130 if sign == signal.SIGINT else -sign)
-  if sign == signal.SIGINT:
-    assert err.splitlines()[-1] == "interrupted; the same command goes on from what was saved"
-  done = place.run(*command)
-  assert "resuming at step " in done.stderr
-  assert tiny_run.lines(workdir) == tiny_run.lines(trained[0])
-
-
-def _signalled(place, command, workdir, sign):
-  """Starts a run, signals it after its first checkpoint; exit code and stderr."""
-  heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # the jobs of a script ignore Ctrl-C
-  process = subprocess.Popen(
-    [sys.executable, *command], cwd=ROOT, env=place.environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE,
-    preexec_fn=heed,
-  )  # fmt: skip
-  deadline = time.monotonic() + 200
-  while not (workdir / "checkpoints" / "1").exists():
-    assert process.poll() is None, process.communicate()
-    assert time.monotonic() < deadline
-    time.sleep(0.005)
-  process.send_signal(sign)
-  _, err = process.communicate(timeout=60)
-  return process.returncode, err.decode()
 
 
 BAD = {  # name: (arguments after the config and the workdir, or the whole command; what the message says)
