@@ -6,6 +6,7 @@ part of a name. For a kind that is not listed, such as a CPU or a slice of a GPU
 """
 
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Sequence
@@ -84,7 +85,7 @@ def peak_of(devices: Sequence[jax.Device], dtype: str) -> Peak:
   known = known_peak(device, dtype)
   if known is not None and all(d.device_kind == device.device_kind for d in devices):
     return Peak(known * len(devices), f"{device.device_kind} in {dtype}")
-  local = [d for d in devices if d.process_index == jax.process_index()]
+  local = tuple(d for d in devices if d.process_index == jax.process_index())
   return Peak(measured_matmul_peak(local, dtype) * len(devices) / len(local), MEASURED)
 
 
@@ -110,11 +111,12 @@ def _cores(device: jax.Device) -> int | None:
   return getattr(device, "num_cores", None) or getattr(device, "core_count", None)
 
 
-def measured_matmul_peak(devices: Sequence[jax.Device], dtype: str) -> float:
+@functools.cache
+def measured_matmul_peak(devices: tuple[jax.Device, ...], dtype: str) -> float:
   """Best FLOP/s of products of square matrices on all `devices` of this process at once, each with its own rows.
 
   At once, because devices may share what they run on, as several of one CPU do. Sizes grow until a product takes long
-  enough to be timed: about a second on a CPU, compiling included.
+  enough to be timed: about a second on a CPU, compiling included. Measured once per process.
   """
   mesh = sharding.make_mesh(MeshConfig(), list(devices))
   rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
