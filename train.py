@@ -12,6 +12,7 @@ from adaptive.methods import parse_config
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file; flags override its fields.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: config, metrics, checkpoints.")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print parameters, sub-models, mesh and memory; train nothing.")
+_PROFILE = flags.DEFINE_string("profile", None, "START:STOP: trace updates START + 1 to STOP into the workdir.")
 
 
 def main(argv: list[str]) -> None:
@@ -25,15 +26,17 @@ def main(argv: list[str]) -> None:
 
   # Orbax and the data libraries take seconds to import, a misspelt field should not.
   from adaptive.training import dry_run, loop
+  from adaptive.training.profile import parse_window
   from adaptive.training.run import assemble
 
+  window = parse_window(_PROFILE.value, experiment.training.steps) if _PROFILE.value is not None else None
   if _WORKDIR.value:
     cli.use_compilation_cache(_WORKDIR.value)
   run = assemble(method, experiment)
   if _DRY_RUN.value:
     print(dry_run.describe(run))
   else:
-    loop.train(run, _WORKDIR.value)
+    loop.train(run, _WORKDIR.value, window)
 
 
 if __name__ == "__main__":

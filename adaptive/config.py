@@ -204,6 +204,8 @@ class OptimizerConfig:
       `muon` not on an untied head either, which AdamW updates without decay).
     clip_norm: global gradient norm is clipped to this; 0 turns it off.
     b1, b2, eps: Adam's. b1 is Muon's momentum too.
+    mu_dtype: of the stored first moment, Adam's and Muon's; empty is the parameters' dtype. `bfloat16` saves two bytes
+      per parameter; the second moment stays, since bfloat16 would round its small changes away.
   """
 
   name: Literal["adamw", "muon"] = "adamw"
@@ -218,6 +220,7 @@ class OptimizerConfig:
   b1: float = 0.9
   b2: float = 0.95
   eps: float = 1e-8
+  mu_dtype: Literal["", "float32", "bfloat16"] = ""
 
   def __post_init__(self):
     require_range(self, "training.optimizer.", "learning_rate muon_learning_rate eps", 0, above=True)

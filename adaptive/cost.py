@@ -44,6 +44,19 @@ def layer_flops(config: ModelConfig, attended: float) -> float:
   return 2 * matrices + 4 * attended * c.num_heads * h
 
 
+def head_flops(config: ModelConfig) -> float:
+  """Forward FLOPs of the output head for one token."""
+  return 2.0 * config.vocab_size * config.d_model
+
+
+def update_flops(forward_flops: float) -> float:
+  """FLOPs of forward and backward pass: the backward pass of a matrix product is two products of its size.
+
+  What is computed a second time to save memory (rematerialisation) is not counted, nor is the optimizer.
+  """
+  return 3.0 * forward_flops
+
+
 def dense_cost(config: ModelConfig, seq_len: int) -> Cost:
   """Cost of a dense model on sequences of `seq_len` tokens under a causal mask (mean attended length (t + 1) / 2)."""
   c = config
@@ -54,6 +67,6 @@ def dense_cost(config: ModelConfig, seq_len: int) -> Cost:
     params_total=non_embedding + table * (1 if c.tied_embeddings else 2),
     params_non_embedding=non_embedding,
     params_active=non_embedding + table,
-    flops_per_token=c.num_layers * layer_flops(c, (seq_len + 1) / 2) + 2 * table,
+    flops_per_token=c.num_layers * layer_flops(c, (seq_len + 1) / 2) + head_flops(c),
     kv_bytes_per_token=2 * c.num_layers * c.num_kv_heads * c.head_size * bytes_per_value,
   )

@@ -12,6 +12,7 @@ from adaptive.training import loop, run, state
 from adaptive.training.checkpoint import Checkpointer
 
 MODEL = dict(vocab_size=264, num_layers=2, d_model=16, d_ff=32, num_heads=4, num_kv_heads=2, ff_groups=2)
+CLOCK = {"time", "tokens_per_second", "flops_per_second", "mfu", "measured_matmul_peak_share"}
 METHOD = {"dense": {}, "sorted_net": {"depths": (1, 2), "d_ff": (16, 32)}}
 
 
@@ -43,10 +44,7 @@ def assemble(data: str, method: str = "sorted_net", **fields) -> run.Run:
 def lines(workdir: pathlib.Path) -> list[dict]:
   """What metrics.jsonl says, without what depends on the clock."""
   text = (pathlib.Path(workdir) / "metrics.jsonl").read_text()
-  return [
-    {name: value for name, value in json.loads(line).items() if name not in ("time", "tokens_per_second")}
-    for line in text.splitlines()
-  ]
+  return [{name: value for name, value in json.loads(line).items() if name not in CLOCK} for line in text.splitlines()]
 
 
 def checkpoint(made: run.Run, workdir: pathlib.Path, step: int) -> dict[str, np.ndarray]:

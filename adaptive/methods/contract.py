@@ -85,5 +85,12 @@ class Method(Protocol):
   def cost(self, model: nn.Module, submodel: SubModel, seq_len: int, realised: Metrics) -> Cost:
     """Analytic cost of a sub-model on sequences of seq_len tokens, given what `Output.aux` measured."""
 
+  def update_flops(self, model: nn.Module, choice: tuple[int, ...], seq_len: int) -> float:
+    """Analytic FLOPs of one update, forward and backward, per token of the whole batch (padding included).
+
+    Counts what the sampled sub-models have to compute, whichever executor runs them: no recomputation, and nothing
+    that a mask throws away. Rows are `seq_len` tokens; attention is counted as in `cost`.
+    """
+
   def extract(self, model: nn.Module, params: Params, submodel: SubModel) -> tuple[ModelConfig, Params] | None:
     """The sub-model as an ordinary dense model for `Transformer`; None where there is no such thing."""

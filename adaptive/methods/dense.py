@@ -50,5 +50,9 @@ def cost(model: Transformer, submodel: SubModel, seq_len: int, realised: Metrics
   return costs.dense_cost(model.config, seq_len)
 
 
+def update_flops(model: Transformer, choice: tuple[int, ...], seq_len: int) -> float:
+  return costs.update_flops(costs.dense_cost(model.config, seq_len).flops_per_token)
+
+
 def extract(model: Transformer, params: Params, submodel: SubModel) -> tuple[ModelConfig, Params]:
   return model.config, params

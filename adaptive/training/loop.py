@@ -7,6 +7,7 @@ would have done.
 import contextlib
 import dataclasses
 import json
+import pathlib
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -22,20 +23,40 @@ from adaptive.methods.contract import SubModel
 from adaptive.training import metrics as metric_tools
 from adaptive.training import state as states
 from adaptive.training.checkpoint import Checkpointer
+from adaptive.training.compile_time import CompileTime
 from adaptive.training.guard import BadUpdate
 from adaptive.training.position import Position, roll_back
+from adaptive.training.profile import Profiler
 from adaptive.training.recorder import Recorder
 from adaptive.training.run import CHECKPOINTS, Run
 from adaptive.training.state import TrainState
 from adaptive.training.step import compile_step
 from adaptive.training.stopping import StopRequest
+from adaptive.training.throughput import Throughput
 from adaptive.training.workdir import in_use, open_workdir, versions
 
 
-def train(run: Run, workdir: str) -> None:
+@dataclasses.dataclass(frozen=True)
+class _Session:
+  """What one process holds while it trains, and keeps when the run rolls back."""
+
+  run: Run
+  folder: pathlib.Path
+  checkpointer: Checkpointer
+  stop: StopRequest
+  throughput: Throughput
+  compiling: CompileTime
+  profiler: Profiler
+  started: float
+
+
+def train(run: Run, workdir: str, profile: tuple[int, int] | None = None) -> None:
   """Trains to the config's last step, from the newest good checkpoint of the workdir if there is one.
 
   SIGTERM or SIGINT ends the run early and well: the step under way is finished and saved.
+
+  Args:
+    profile: updates to trace, as `profile.parse_window` returns them.
 
   Raises:
     ConfigError: the workdir holds another config, was trained on other data, is in use, or cannot be written.
@@ -45,24 +66,30 @@ def train(run: Run, workdir: str) -> None:
   cluster.agree("configs or data", run.config_json + run.dataset.fingerprint)
   folder = open_workdir(workdir, run.config_json)
   with contextlib.ExitStack() as stack:
-    stack.enter_context(in_use(folder))
-    stop = stack.enter_context(StopRequest())
-    checkpointer = Checkpointer(folder / CHECKPOINTS, settings.keep_checkpoints, settings.keep_best)
-    stack.enter_context(checkpointer)
-    position = _newest(run, workdir, checkpointer)
-    while True:
-      try:
-        reached = _train_from(run, folder, position, checkpointer, stop, started)
-        break
-      except BadUpdate as bad:
-        newest = _newest(run, workdir, checkpointer)
-        position = roll_back(run, folder, position, newest, bad)
-      except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1:
-          raise
-        cluster.leave(error)
+    enter = stack.enter_context
+    enter(in_use(folder))
+    stop = enter(StopRequest())
+    checkpointer = enter(Checkpointer(folder / CHECKPOINTS, settings.keep_checkpoints, settings.keep_best))
+    compiling, profiler = enter(CompileTime()), enter(Profiler(profile, folder))
+    session = _Session(run, folder, checkpointer, stop, Throughput(run), compiling, profiler, started)
+    reached = _train(session, workdir)
   if reached < settings.steps and jax.process_index() == 0:
     print(f"{stop.name}: stopped and saved at step {reached} of {settings.steps}; the same command goes on", flush=True)
+
+
+def _train(session: _Session, workdir: str) -> int:
+  """Trains, rolling back where the config says so; the step it came to."""
+  position = _newest(session.run, workdir, session.checkpointer)
+  while True:
+    try:
+      return _train_from(session, position)
+    except BadUpdate as bad:
+      newest = _newest(session.run, workdir, session.checkpointer)
+      position = roll_back(session.run, session.folder, position, newest, bad)
+    except jax.errors.JaxRuntimeError as error:
+      if jax.process_count() == 1:
+        raise
+      cluster.leave(error)
 
 
 def _newest(run: Run, workdir: str, checkpointer: Checkpointer) -> Position:
@@ -84,31 +111,31 @@ def _newest(run: Run, workdir: str, checkpointer: Checkpointer) -> Position:
   return Position.of(metadata)
 
 
-def _train_from(run: Run, folder, position: Position, checkpointer, stop: StopRequest, started: float) -> int:
+def _train_from(session: _Session, position: Position) -> int:
   """Trains from a position to the end, or until it is asked to stop; the step it came to."""
-  settings = run.experiment.training
-  resumed = position.step or None
+  run, settings = session.run, session.run.experiment.training
+  config = json.loads(run.config_json)
   with contextlib.ExitStack() as stack:
-    writers = stack.enter_context(metric_tools.open_writers(folder, settings, resumed, json.loads(run.config_json)))
-    progress = stack.enter_context(metric_tools.Progress(settings.steps, position.step))
+    writers = stack.enter_context(metric_tools.open_writers(session.folder, settings, position.step or None, config))
+    progress = stack.enter_context(metric_tools.Progress(settings.steps, position.step, session.throughput.peak))
     stack.enter_context(jax.set_mesh(run.mesh))
     progress.message(_headline(run, position))
-    state = _restore(run, checkpointer, position.step)
-    return _steps(run, state, position, checkpointer, stop, writers, progress, started)
+    state = _restore(run, session.checkpointer, position.step)
+    return _steps(session, state, position, writers, progress)
 
 
-def _steps(run: Run, state: TrainState, position: Position, checkpointer, stop, writers, progress, started) -> int:
-  experiment, settings, steps = run.experiment, run.experiment.training, run.experiment.training.steps
-  seed, first, left_out = experiment.seed, position.step, position.batches_left_out
+def _steps(session: _Session, state: TrainState, position: Position, writers, progress) -> int:
+  run, experiment, settings = session.run, session.run.experiment, session.run.experiment.training
+  seed, first, steps, left_out = experiment.seed, position.step, settings.steps, position.batches_left_out
   step_fn = compile_step(run.method, run.model, run.optimizer, run.mesh, seed, settings.grad_accum, settings.guard)
   batches = train_batches(
     run.dataset.train, experiment.data.batch_size, seed, first + left_out, steps + left_out, run.mesh
   )
-  evaluate, recorder, scores = _evaluator(run), Recorder(run, writers, progress), {}
+  evaluate, recorder, scores = _evaluator(run), Recorder(run, writers, progress, session.throughput), {}
   static = run.method.static_choice(run.model)
   with contextlib.closing(batches):
     for step in range(first, steps + 1):
-      moved, stopping = step > first, step < steps and stop.at(step)
+      moved, stopping = step > first, step < steps and session.stop.at(step)
       if moved and (step == steps or _due(settings.eval_every, step)):
         recorder.flush()
         scores = evaluate(state.params)
@@ -117,19 +144,23 @@ def _steps(run: Run, state: TrainState, position: Position, checkpointer, stop, 
         progress.restart_rate()
       if moved and (step == steps or stopping or _due(settings.checkpoint_every, step)):
         recorder.flush()
-        checkpointer.save(step, _items(state), _metadata(run, dataclasses.replace(position, step=step), scores))
+        metadata = _metadata(run, dataclasses.replace(position, step=step), scores)
+        session.checkpointer.save(step, _items(state), metadata)
       if step == steps or stopping:
         return step
-      scores = {}
-      batch = next(batches)
+      scores, batch = {}, next(batches)
       choice = run.method.sample(run.model, seed, step)
-      state, values = step_fn(state, batch, choice if static else np.asarray(choice, np.int32))
+      with session.profiler.step(step, state):
+        state, values = step_fn(state, batch, choice if static else np.asarray(choice, np.int32))
+      traced = session.profiler.done(step + 1, state)
+      if traced:
+        progress.message(traced)
+        progress.restart_rate()  # writing the trace took its time
       recorder.push(step + 1, values)
       if step == first:
         jax.block_until_ready(values)
-        progress.message(
-          f"first step done {time.monotonic() - started:.1f} s after the loop began (compiling included)"
-        )
+        seconds = time.monotonic() - session.started
+        progress.message(f"first step done {seconds:.1f} s after the loop began; {session.compiling}")
 
 
 def _due(every: int, step: int) -> bool:

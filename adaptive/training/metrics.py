@@ -20,6 +20,7 @@ import jax
 import tqdm
 
 from adaptive.config import ConfigError, TrainingConfig
+from adaptive.training.peak import Peak
 from adaptive.training.workdir import trim_json_lines, user_errors, write_atomically
 
 Metrics = Mapping[str, tuple[jax.Array, jax.Array]]
@@ -169,24 +170,26 @@ def _extra(module: str, extra: str, setting: str) -> types.ModuleType:
 
 
 class Progress:
-  """Step, loss, tokens per second and time left; a context manager. Processes other than 0 show nothing.
+  """Step, loss, tokens per second, FLOP/s and time left; a context manager. Processes other than 0 show nothing.
 
   On a terminal this is a bar; elsewhere (a log file, a CI job) one line every `interval` seconds and one at the end.
   The rate is that of the last `_WINDOW` updates. Counting begins when the first step is done, so compiling is left out.
 
   Args:
     steps, first_step: updates in the whole run, and those finished when this process began.
+    peak: what the devices could do; None shows no FLOP/s.
     stream, interval, clock: where to show it (None: stderr), and seconds.
   """
 
   _WINDOW = 50
 
   def __init__(
-    self, steps: int, first_step: int = 0, stream: TextIO | None = None, interval: float = 10.0,
-    clock: Callable[[], float] = time.monotonic,
+    self, steps: int, first_step: int = 0, peak: Peak | None = None, stream: TextIO | None = None,
+    interval: float = 10.0, clock: Callable[[], float] = time.monotonic,
   ):  # fmt: skip
+    self._peak, self._flops = peak, 0.0
     self._steps, self._stream, self._interval, self._clock = steps, stream or sys.stderr, interval, clock
-    self._marks = collections.deque(maxlen=self._WINDOW + 1)  # (seconds, tokens so far, step)
+    self._marks = collections.deque(maxlen=self._WINDOW + 1)  # (seconds, tokens so far, step, FLOPs so far)
     self._tokens, self._line, self._printed_at = 0, "", -math.inf
     self._show, self._bar = jax.process_index() == 0, None
     if self._show and self._stream.isatty():
@@ -204,17 +207,24 @@ class Progress:
     """Over the recent window; NaN until two steps are done."""
     return self._per_second(1)
 
-  def update(self, step: int, tokens: int, loss: float, skipped: int = 0) -> None:
-    """Takes the finished updates, the tokens since the last call, the loss, and the updates skipped so far.
+  @property
+  def flops_per_second(self) -> float:
+    """Over the same window; NaN until two steps are done."""
+    return self._per_second(3)
+
+  def update(self, step: int, tokens: int, loss: float, flops: float = 0.0, skipped: int = 0) -> None:
+    """Takes the finished updates, tokens and FLOPs since the last call, the loss, and all updates skipped so far.
 
     Called once per step.
     """
     self._tokens += tokens
-    self._marks.append((self._clock(), self._tokens, step))
+    self._flops += flops
+    self._marks.append((self._clock(), self._tokens, step, self._flops))
     numbers = [f"loss {loss:.4f}"]
     if len(self._marks) > 1:
       left = tqdm.tqdm.format_interval((self._steps - step) / max(self._per_second(2), 1e-9))
-      numbers += [f"{self.tokens_per_second:,.0f} tokens/s", f"{left} left"]
+      achieved = [self._peak.describe(self.flops_per_second)] if self._peak else []
+      numbers += [f"{self.tokens_per_second:,.0f} tokens/s", *achieved, f"{left} left"]
     numbers += [f"{skipped} skipped"] if skipped else []
     if self._bar is not None:
       self._bar.set_postfix_str("  ".join(numbers), refresh=False)

@@ -59,14 +59,16 @@ def muon_dimensions(params: Params) -> Params:
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
   """Clipping by the global norm, then AdamW (Loshchilov and Hutter 2019) or Muon (Jordan et al. 2024)."""
   rate = schedule(config, steps, config.learning_rate)
-  adam = dict(b1=config.b1, b2=config.b2, eps=config.eps)
+  mu_dtype = config.mu_dtype or None
   if config.name == "adamw":
+    adam = dict(b1=config.b1, b2=config.b2, eps=config.eps, mu_dtype=mu_dtype)
     update = optax.adamw(rate, **adam, weight_decay=config.weight_decay, mask=decay_mask)
   else:
     update = optax.contrib.muon(
       schedule(config, steps, config.muon_learning_rate),
       beta=config.b1,
       eps=config.eps,
+      mu_dtype=mu_dtype,
       weight_decay=config.weight_decay,
       weight_decay_mask=decay_mask,
       adam_b1=config.b1,

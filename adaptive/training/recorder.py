@@ -10,6 +10,7 @@ from adaptive.training import guard as guards
 from adaptive.training import metrics as metric_tools
 from adaptive.training.guard import BadUpdate
 from adaptive.training.run import Run
+from adaptive.training.throughput import Throughput
 
 
 class Recorder:
@@ -17,11 +18,11 @@ class Recorder:
 
   Args:
     run: names the sub-models, and says how often to write.
-    writers, progress: where the numbers go.
+    writers, progress: where the numbers go. throughput: counts the FLOPs.
   """
 
-  def __init__(self, run: Run, writers: metric_tools.Writers, progress: metric_tools.Progress):
-    self._run, self._writers, self._progress = run, writers, progress
+  def __init__(self, run: Run, writers: metric_tools.Writers, progress: metric_tools.Progress, throughput: Throughput):
+    self._run, self._writers, self._progress, self._throughput = run, writers, progress, throughput
     self._delayed = metric_tools.Delayed()
     self._names = [submodel.name for submodel in run.method.submodels(run.model)]
 
@@ -44,11 +45,10 @@ class Recorder:
     choice = self._run.method.sample(self._run.model, self._run.experiment.seed, step - 1)
     values = metric_tools.mean(_by_name(held[1], self._names, choice))
     self._judge(step, values)
-    data = self._run.experiment.data
-    self._progress.update(step, data.batch_size * data.seq_len, values["loss"], int(values["skipped_updates"]))
+    done, skipped = self._throughput, int(values["skipped_updates"])
+    self._progress.update(step, done.tokens, values["loss"], done.flops(choice), skipped)
     if step % training.log_every == 0 or step in (1, training.steps):
-      rate = self._progress.tokens_per_second
-      self._writers.write(step, values | ({} if np.isnan(rate) else {"tokens_per_second": rate}))
+      self._writers.write(step, values | done.metrics(self._progress))
 
   def _judge(self, step: int, values: dict[str, float]) -> None:
     verdict, in_a_row = int(values.pop("verdict")), int(values.pop("skipped_in_a_row"))

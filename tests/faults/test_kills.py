@@ -13,7 +13,7 @@ from adaptive.training import run as runs
 
 pytestmark = pytest.mark.faults
 
-KILLS, STEPS = 20, 4000
+KILLS, STEPS = 20, 2000
 SETTINGS = [
   f"--config.training.steps={STEPS}",
   "--config.training.checkpoint_every=10",

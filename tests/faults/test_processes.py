@@ -16,7 +16,7 @@ from places import Place, newest_checkpoint, wait_until
 
 pytestmark = pytest.mark.faults
 
-STEPS = 400
+STEPS = 160
 HEARTBEAT = 10
 
 

@@ -88,6 +88,16 @@ def test_samples_are_indices_of_sub_models_and_the_loss_takes_them(name):
 
 
 @every_method
+def test_an_update_costs_more_than_its_smallest_sub_model_and_no_more_than_all_of_it_in_full(name):
+  method, model = built(name)
+  choice, forward = method.sample(model, 0, 0), [method.cost(model, s, 16, {}) for s in method.submodels(model)]
+  found = method.update_flops(model, choice, 16)
+  costs = [cost.flops_per_token for cost in forward]
+  assert 3 * min(costs) / method.batch_parts(model) <= found <= 3 * len(choice) * max(costs)
+  assert method.update_flops(model, choice, 32) > found
+
+
+@every_method
 def test_a_default_config_makes_the_round_trip(name):
   config = methods.default_config(name)
   assert isinstance(config, ml_collections.ConfigDict)

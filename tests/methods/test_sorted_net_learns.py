@@ -4,7 +4,6 @@ import itertools
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
@@ -15,7 +14,7 @@ from adaptive.losses import cross_entropy, mean
 from adaptive.methods import dense
 from adaptive.methods.width import sorted_net
 from adaptive.training.optim import make_optimizer
-from adaptive.training.state import TrainState
+from adaptive.training.state import fresh
 from adaptive.training.step import make_step
 
 MODEL = tiny.model_config(
@@ -44,7 +43,7 @@ def trained(method, config):
   @jax.jit
   def run(batches, choices):
     params = nn.unbox(init_params(Transformer(MODEL), jax.random.key(0)))
-    state = TrainState(jnp.int32(0), params, optimizer.init(params))
+    state = fresh(params, optimizer)
     return jax.lax.scan(lambda state, inputs: (step(state, *inputs)[0], None), state, (batches, choices))[0].params
 
   choices = np.array([method.sample(model, 0, s) for s in range(STEPS)], np.int32)

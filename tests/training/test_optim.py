@@ -5,6 +5,7 @@ import optax
 import pytest
 import tiny
 
+from adaptive import methods
 from adaptive.backbone.transformer import Transformer
 from adaptive.config import ConfigError, OptimizerConfig
 from adaptive.training import optim
@@ -126,3 +127,47 @@ def test_gradients_are_clipped_by_their_global_norm():
     small = jax.tree.map(lambda g, c=clip: g / (5e3 if c else 1.0), grads)
     np.testing.assert_allclose(update, reference.update(small, reference.init(small), small)[0]["w"], rtol=1e-4)
     assert np.isclose(float(jnp.abs(update).max()), 3e-3, rtol=0.01) == same
+
+
+def moments(state, name):
+  """Dtypes of all first (`mu`) or second (`nu`) moments of an optimizer's state."""
+  leaves = jax.tree_util.tree_leaves_with_path(state)
+  return {leaf.dtype.name for path, leaf in leaves if getattr(path[-1], "name", "") == name or f".{name}[" in key(path)}
+
+
+def key(path):
+  return jax.tree_util.keystr(path)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize(("mu_dtype", "found"), [("", "float32"), ("float32", "float32"), ("bfloat16", "bfloat16")])
+def test_the_first_moment_is_kept_in_the_asked_dtype_and_the_second_is_not(name, mu_dtype, found):
+  optimizer = optim.make_optimizer(OptimizerConfig(name=name, **SETTLED, mu_dtype=mu_dtype), 10)
+  state = jax.eval_shape(optimizer.init, PARAMS)
+  updates, after = jax.eval_shape(optimizer.update, PARAMS, state, PARAMS)
+  for one in (state, after):
+    assert moments(one, "mu") == {found}
+    assert moments(one, "nu") == {"float32"}
+  assert {leaf.dtype.name for leaf in jax.tree.leaves(updates)} == {"float32"}
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_an_update_with_a_rounded_first_moment_is_close_to_that_without(name):
+  grads = [tiny.random_params(CONFIG, seed=seed) for seed in (1, 2)]
+
+  def after(mu_dtype):
+    optimizer = optim.make_optimizer(OptimizerConfig(name=name, **SETTLED, mu_dtype=mu_dtype), 10)
+    update, state = jax.jit(optimizer.update), optimizer.init(PARAMS)
+    for grad in grads:
+      updates, state = update(grad, state, PARAMS)
+    return updates
+
+  exact, rounded = after(""), after("bfloat16")
+  tiny.assert_trees_close(rounded, exact, rtol=0.03)
+  assert any(np.any(a != b) for a, b in zip(jax.tree.leaves(exact), jax.tree.leaves(rounded)))
+
+
+def test_another_dtype_of_the_first_moment_is_refused():
+  config = {"training": {"optimizer": {"mu_dtype": "float16"}}, "method": {"name": "dense"}}
+  with pytest.raises(ConfigError, match="mu_dtype='float16' is not one of '', 'float32', 'bfloat16'"):
+    methods.parse_config(config)

@@ -41,22 +41,64 @@ def single():
   return sharding.make_mesh(dataclasses.replace(sharding.MeshConfig(), data=1), jax.devices()[:1])
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_one_by_eight_rows_equals_eight_by_one(name):
+ACCUMULATED = {
+  **{name: (name, settings) for name, settings in SETTINGS.items()},
+  "distilled": ("sorted_net", dict(**SETTINGS["sorted_net"], distill=0.5)),
+  "multi_exit": ("sorted_net", dict(depths=(1, 2), scheme="multi_exit")),
+}
+
+
+def test_every_method_accumulates():
+  assert {name for name, _ in ACCUMULATED.values()} == set(METHODS)
+
+
+@pytest.mark.parametrize("case", ACCUMULATED)
+def test_one_by_eight_rows_equals_eight_by_one(case):
   """Gradients, seen through one step of plain descent, with micro-batches of unequal numbers of tokens."""
-  method, model, _ = build(name)
+  name, settings = ACCUMULATED[case]
+  method = METHODS[name]
+  model = method.build(MODEL, method.Config(**settings))
   tokens = np.sum(np.asarray(BATCH["segment_ids"]) > 0, axis=1)
   assert len(set(tokens.tolist())) > 1
   descent = optim.optax.sgd(1.0)
   params = tiny.random_params(MODEL)
   start = states.fresh(params, descent)
-  choice = jnp.asarray(method.sample(model, 0, 0))
-  results = [jax.jit(make_step(method, model, descent, 0, parts))(start, BATCH, choice) for parts in (1, 8)]
+  choice = method.sample(model, 0, 0)
+  choice = choice if method.static_choice(model) else jnp.asarray(choice)
+
+  def update(parts):
+    step = make_step(method, model, descent, 0, parts)
+    return jax.jit(lambda state, batch: step(state, batch, choice))(start, BATCH)
+
+  results = [update(parts) for parts in (1, 8)]
   moved = [jax.tree.map(lambda a, b: a - b, state.params, params) for state, _ in results]
-  tiny.assert_trees_close(moved[1], moved[0], rtol=1e-5, atol=1e-6)
+  tiny.assert_trees_close(moved[1], moved[0], rtol=1e-6, atol=1e-6)
   metrics = [m for _, m in results]
-  tiny.assert_trees_close(metrics[1], metrics[0], rtol=1e-5)
+  tiny.assert_trees_close(metrics[1], metrics[0], rtol=1e-6)
   assert float(metrics[0]["loss"][1]) == tokens.sum() * len(choice)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_computing_in_half_precision_keeps_the_state_s_dtypes_and_learns(optimizer):
+  """Compute in bfloat16, parameters and second moment in float32, first moment in bfloat16."""
+  method = METHODS["sorted_net"]
+  model = method.build(dataclasses.replace(MODEL, dtype="bfloat16"), method.Config(**SETTINGS["sorted_net"]))
+  settings = OptimizerConfig(
+    name=optimizer, warmup_steps=0, learning_rate=0.01, muon_learning_rate=0.01, mu_dtype="bfloat16"
+  )
+  adam = optim.make_optimizer(settings, 10)
+  params = tiny.random_params(MODEL)
+  state = first = states.fresh(params, adam)
+  step, losses = jax.jit(make_step(method, model, adam, 0, 2)), []
+  assert "bf16" in step.lower(state, BATCH, jnp.arange(2)).as_text()
+  for _ in range(8):
+    state, metrics = step(state, BATCH, jnp.arange(2))
+    losses.append(float(metrics["loss"][0] / metrics["loss"][1]))
+  dtypes = lambda tree: jax.tree.map(lambda x: x.dtype.name, tree)
+  assert dtypes(state) == dtypes(first)
+  assert set(jax.tree.leaves(dtypes(state.params))) == {"float32"}
+  assert set(jax.tree.leaves(dtypes(state.opt_state))) == {"float32", "bfloat16", "int32"}
+  assert losses[-1] < losses[0] - 0.5
 
 
 @pytest.fixture(scope="module")

@@ -268,6 +268,19 @@ def cost(model: SortedNet, submodel: SubModel, seq_len: int, realised: Metrics) 
   return costs.dense_cost(subnets.config_of(model.config, subnet_of(model, submodel)), seq_len)
 
 
+def update_flops(model: SortedNet, choice: tuple[int, ...], seq_len: int) -> float:
+  """Every sub-model of the choice sees the batch, or its own part of it; SoFT's exits share one forward pass.
+
+  In-place distillation costs nothing more: the teacher's output is that of the full sub-model's own training pass.
+  """
+  if model.method.scheme == "multi_exit":
+    full = costs.dense_cost(model.config, seq_len).flops_per_token
+    return costs.update_flops(full + (len(choice) - 1) * costs.head_flops(model.config))
+  family = submodels(model)
+  forward = sum(cost(model, family[index], seq_len, {}).flops_per_token for index in choice)
+  return costs.update_flops(forward) / batch_parts(model)
+
+
 def extract(model: SortedNet, params: Params, submodel: SubModel) -> tuple[ModelConfig, Params]:
   """The sub-model as an ordinary dense checkpoint."""
   subnet = subnet_of(model, submodel)
