@@ -200,6 +200,8 @@ class OptimizerConfig:
       `muon` not on an untied head either, which AdamW updates without decay).
     clip_norm: global gradient norm is clipped to this; 0 turns it off.
     b1, b2, eps: Adam's. b1 is Muon's momentum too.
+    inactive: what happens where a step's gradient is exactly zero, as it is outside the sub-models of the step: `keep`
+      lets momentum and weight decay go on, `freeze` leaves parameters and moments bitwise as they are.
   """
 
   name: Literal["adamw", "muon"] = "adamw"
@@ -214,6 +216,7 @@ class OptimizerConfig:
   b1: float = 0.9
   b2: float = 0.95
   eps: float = 1e-8
+  inactive: Literal["keep", "freeze"] = "keep"
 
   def __post_init__(self):
     require_range(self, "training.optimizer.", "learning_rate muon_learning_rate eps", 0, above=True)
