@@ -214,6 +214,7 @@ def test_switch_branches_in_the_compiled_program_and_mask_does_not():
 
 
 @pytest.mark.parametrize(("fields", "message"), [
+  (dict(layer_path=()), "needs at least one layer"),
   (dict(layer_path=(0, 4)), "not all among the model's 4"),
   (dict(layer_path=(-1,)), "not all among"),
   (dict(q_per_kv=4), "must lie in 1..3"),
