@@ -31,7 +31,7 @@ from adaptive import executors, losses, sharding
 from adaptive import subnet as subnets
 from adaptive.backbone.transformer import Transformer
 from adaptive.config import ModelConfig, require
-from adaptive.methods.contract import Batch, Metrics, Output, Params, SubModel
+from adaptive.methods.contract import Batch, Metrics, Output, Params, SubModel, check_index
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,6 +213,7 @@ def batch_parts(model: SortedNet) -> int:
 def forward(model: SortedNet, params: Params, batch: Batch, index: int | jax.Array) -> Output:
   """Logits of one sub-model: cut out when the index is an int, else by the configured one-compile executor."""
   family = _family(model)
+  check_index(index, len(family))
   if isinstance(index, int):
     return Output(executors.static(model.config, params, batch, family[index]), {})
   run = executors.mask if model.method.executor == "mask" else executors.switch
