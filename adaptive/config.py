@@ -206,6 +206,8 @@ class OptimizerConfig:
     b1, b2, eps: Adam's. b1 is Muon's momentum too.
     mu_dtype: of the stored first moment, Adam's and Muon's; empty is the parameters' dtype. `bfloat16` saves two bytes
       per parameter; the second moment stays, since bfloat16 would round its small changes away.
+    inactive: what happens where a step's gradient is exactly zero, as it is outside the sub-models of the step: `keep`
+      lets momentum and weight decay go on, `freeze` leaves parameters and moments bitwise as they are.
   """
 
   name: Literal["adamw", "muon"] = "adamw"
@@ -221,6 +223,7 @@ class OptimizerConfig:
   b2: float = 0.95
   eps: float = 1e-8
   mu_dtype: Literal["", "float32", "bfloat16"] = ""
+  inactive: Literal["keep", "freeze"] = "keep"
 
   def __post_init__(self):
     require_range(self, "training.optimizer.", "learning_rate muon_learning_rate eps", 0, above=True)

@@ -46,7 +46,8 @@ def mean_over(loss_fn: Callable, params: PyTree, shared: PyTree, entries: PyTree
   """Mean of `loss_fn` over entries, one after the other, holding the activations of one at a time.
 
   This is SortedNet's gradient accumulation over sub-models: the gradient of each entry is taken inside the loop and
-  added up, so differentiating the result costs no recomputation and one more copy of the gradient.
+  added up in float32 or better, whatever the parameters are stored as, so differentiating the result costs no
+  recomputation and one more copy of the gradient.
 
   Args:
     loss_fn: (params, shared, entry) -> (loss, metrics).
@@ -84,12 +85,15 @@ def mean_over(loss_fn: Callable, params: PyTree, shared: PyTree, entries: PyTree
       (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, shared, entry)
       return jax.tree.map(jnp.add, carry, (loss, grads)), metrics
 
-    start = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+    zeros = lambda p: jnp.zeros_like(p, dtype=jnp.promote_types(p.dtype, jnp.float32))
+    start = (jnp.zeros(()), jax.tree.map(zeros, params))
     (total, grads), metrics = loop(step, start, scanned)
     return (total / length, metrics), grads
 
+  dtypes = jax.tree.map(lambda p: p.dtype, params)
+
   def backward(grads, cotangents):
-    return jax.tree.map(lambda g: g * (cotangents[0] / length).astype(g.dtype), grads), None, None
+    return jax.tree.map(lambda g, dtype: (g * (cotangents[0] / length)).astype(dtype), grads, dtypes), None, None
 
   run.defvjp(forward, backward)
   # A custom derivative must not close over traced values, so arrays are passed; static entries are closed over.

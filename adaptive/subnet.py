@@ -1,8 +1,9 @@
 """Which part of the backbone's parameters a static sub-network holds, and how to cut it out.
 
 A sub-network is a list of layers and two prefix widths: query heads per key/value group, and feed-forward channels.
-Units are kept in storage order (SortedNet, Section 3: unit j is in iff j < size), so a smaller sub-network's parameters
-are a subset of a larger one's. head_dim, the attention scale, rotary frequencies and the key/value heads never change.
+Units are kept in storage order (unit j is in iff j < size: the nesting of SortedNet's abstract), so a smaller
+sub-network's parameters are a subset of a larger one's. head_dim, the attention scale, rotary frequencies and the
+key/value heads never change.
 """
 
 import dataclasses
@@ -55,6 +56,7 @@ def prefix(
 
 def validate(config: ModelConfig, subnet: Subnet) -> None:
   """Raises ConfigError when the parent has no such part. Sizes are never rounded."""
+  require(bool(subnet.layer_path), "a sub-network needs at least one layer")
   require(
     all(0 <= layer < config.num_layers for layer in subnet.layer_path),
     f"layers {subnet.layer_path} are not all among the model's {config.num_layers}",

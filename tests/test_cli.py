@@ -142,7 +142,7 @@ BAD = {  # name: (arguments after the config and the workdir, or the whole comma
   "large seed": ("--config.seed=99999999999999999999", "seed=99999999999999999999 must lie in 0 .. 4294967295"),
   "learning rate": ("--config.training.optimizer.learning_rate=nan", "learning_rate=nan must be more than 0"),
   "warm-up": ("--config.training.optimizer.warmup_steps=8", "warmup_steps=8 must be less than training.steps=8"),
-  "too many sampled": ("--config.method.num_sampled=5", "method.num_sampled=5 draws without replacement from only 4"),
+  "too many sampled": ("--config.method.num_sampled=5", "method.num_sampled=5 is more than 'uniform' can draw from 4"),
   "no data": ("--config.data.path=/nope", "data.path='/nope': no such folder, and no file matches it as a glob"),
   "empty data": ("--config.data.path={empty}", "the folder holds no files"),
   "undecodable": ("--config.data.path={binary}", "x.txt' is not UTF-8: byte 0xff at offset 3"),

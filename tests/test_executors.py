@@ -9,7 +9,7 @@ import tiny
 
 from adaptive import executors
 from adaptive import subnet as subnets
-from adaptive.backbone.transformer import Transformer
+from adaptive.backbone.transformer import Transformer, empty_cache
 from adaptive.config import ConfigError
 from adaptive.subnet import Subnet
 
@@ -101,6 +101,21 @@ def test_the_full_sub_network_is_the_plain_model_bitwise():
   for executor in (executors.switch, executors.mask):
     found = jax.jit(lambda p, e=executor: e(CONFIG, p, BATCH, TABLE, len(FAMILY) - 1))(PARAMS)
     np.testing.assert_array_equal(found, plain)
+
+
+@pytest.mark.parametrize("index", [0, 4, 6, 8], ids=name_of)
+def test_cached_decoding_of_an_extracted_sub_network_equals_it_inside_the_parent(index):
+  config, length = subnets.config_of(CONFIG, FAMILY[index]), 6
+  params = subnets.extract(CONFIG, PARAMS, FAMILY[index])
+  batch = tiny.one_document(CONFIG, length=length)
+  expected, _ = SWITCH(PARAMS, batch, index)
+  step = jax.jit(functools.partial(Transformer(config).apply, method="step"))
+  cache, start = empty_cache(config, 2, length + 2), 0
+  for tokens in (3, 1, 1, 1):
+    logits, cache = step({"params": params}, batch["inputs"][:, start : start + tokens], cache, jnp.int32(start))
+    start += tokens
+    np.testing.assert_allclose(logits, expected[:, start - 1], atol=1e-5)
+  assert cache.key.shape == (len(FAMILY[index].layer_path), 2, length + 2, 2, 4), "the parent's key/value heads"
 
 
 @pytest.mark.parametrize("path", [(0, 1, 1, 2), (2, 0)], ids=str)
@@ -198,6 +213,25 @@ def test_one_program_serves_160_sub_networks(executor):
   assert apply._cache_size() == 1
 
 
+@pytest.mark.parametrize("remat", ["none", "full", "dots"])
+def test_differentiating_through_switch_stores_no_residuals_of_layers(remat):
+  """A further layer costs its input, its gradient and its share of the parameters, not the insides of all branches."""
+  rows, length = 8, 64
+
+  def memory(num_layers):
+    config = tiny.model_config(num_layers=num_layers, d_model=8, num_heads=4, head_dim=8, d_ff=64, remat=remat)
+    family = [subnets.prefix(config, num_layers, q, f) for q, f in ((1, 16), (2, 32), (2, 64))]
+    table, batch = executors.choices(config, family), tiny.one_document(config, rows, length)
+    loss = lambda params, index: jnp.sum(executors.switch(config, params, batch, table, index))
+    params = jax.tree.map(jnp.zeros_like, tiny.random_params(config))
+    compiled = jax.jit(jax.grad(loss)).lower(params, jnp.int32(0)).compile()
+    layer_input, layer = 4 * rows * length * config.d_model, 4 * sum(x.size for x in jax.tree.leaves(params["layers"]))
+    return compiled.memory_analysis().temp_size_in_bytes, layer_input, layer / num_layers
+
+  (few, layer_input, layer), (many, _, _) = memory(2), memory(8)
+  assert many - few < 6 * 2 * (layer_input + layer)
+
+
 def operations(text):
   """How often each kind of instruction that moves control or data stands in a compiled program."""
   kinds = ("conditional", "all-gather", "all-reduce", "collective-permute", "all-to-all", "reduce-scatter")
@@ -214,6 +248,7 @@ def test_switch_branches_in_the_compiled_program_and_mask_does_not():
 
 
 @pytest.mark.parametrize(("fields", "message"), [
+  (dict(layer_path=()), "needs at least one layer"),
   (dict(layer_path=(0, 4)), "not all among the model's 4"),
   (dict(layer_path=(-1,)), "not all among"),
   (dict(q_per_kv=4), "must lie in 1..3"),

@@ -99,6 +99,18 @@ def test_mean_over_stacks_metrics_with_and_without_a_gradient(entries):
   tiny.assert_trees_close(jax.grad(loss, has_aux=True)(PARAMS)[1], expected)
 
 
+@pytest.mark.parametrize("entries", [jnp.full(64, 0.01), [0.01] * 64], ids=["traced", "static"])
+def test_mean_over_adds_gradients_of_bfloat16_parameters_up_in_float32(entries):
+  """The first gradient is large; in bfloat16 the others, each too small to change the sum, would all be lost."""
+  entries = entries.at[0].set(4.0) if isinstance(entries, jax.Array) else [4.0, *entries[1:]]
+  loss = lambda params, shared, entry: (params.astype(jnp.float32) * entry, ())
+  mean = jax.jit(jax.grad(lambda params: losses.mean_over(loss, params, None, entries)[0]))
+  found = mean(jnp.bfloat16(1.0))
+  assert found.dtype == jnp.bfloat16
+  assert float(found) == pytest.approx((4 + 63 * 0.01) / 64, rel=2**-8)
+  assert mean(jnp.float32(1.0)).dtype == jnp.float32
+
+
 def test_mean_over_holds_the_residuals_of_one_entry_at_a_time():
   """Sixteen entries need no more memory than two, unlike the derivative of a scan."""
 

@@ -1,6 +1,7 @@
 """Sub-models on a mesh: the same results, and no data moved that the full model would not move."""
 
 import collections
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,13 @@ PARAMS = tiny.random_params(CONFIG)
 BATCH = tiny.packed_batch(CONFIG, rows=8)
 FULL = subnets.prefix(CONFIG)
 NARROW = subnets.prefix(CONFIG, 2, 1, 8)
-FAMILY = (NARROW, FULL)
+CUTS = {
+  "all": NARROW,
+  "depth": subnets.prefix(CONFIG, depth=2),
+  "q_per_kv": subnets.prefix(CONFIG, q_per_kv=1),
+  "d_ff": subnets.prefix(CONFIG, d_ff=8),
+}
+FAMILY = (*CUTS.values(), FULL)
 TABLE = executors.choices(CONFIG, FAMILY)
 MOVES = ("all-gather", "all-reduce", "collective-permute", "all-to-all", "reduce-scatter")
 
@@ -46,12 +53,16 @@ def moves(program) -> collections.Counter:
   return collections.Counter({kind: text.count(f" {kind}(") + text.count(f" {kind}-start(") for kind in MOVES})
 
 
+@functools.cache
+def moves_of_static(shape, subnet):
+  return moves(compiled(static(subnet), tiny.mesh(*shape))[0])
+
+
+@pytest.mark.parametrize("cut", CUTS)
 @pytest.mark.parametrize("shape", [(2, 1, 4), (2, 2, 2)], ids=str)
-def test_a_narrower_sub_model_moves_no_more_than_the_full_one(shape):
-  mesh = tiny.mesh(*shape)
-  full = moves(compiled(static(FULL), mesh)[0])
+def test_a_sub_model_moves_no_more_than_the_full_one(shape, cut):
+  full, found = moves_of_static(shape, FULL), moves_of_static(shape, CUTS[cut])
   assert full["all-reduce"] > 0
-  found = moves(compiled(static(NARROW), mesh)[0])
   for kind in ("collective-permute", "all-gather", "all-to-all"):
     assert found[kind] <= full[kind], kind
 

@@ -49,6 +49,16 @@ class Output(NamedTuple):
   aux: Metrics
 
 
+def check_index(index: int | jax.Array, number: int) -> None:
+  """Raises IndexError for an int that is no position in a list of `number` sub-models, a negative one included.
+
+  A traced index has no value to check yet: JAX clamps one that is too large to the last sub-model, and counts a
+  negative one from the end. Who makes traced indices takes them from `Method.sample` or from a range.
+  """
+  if isinstance(index, int) and not 0 <= index < number:
+    raise IndexError(f"there is no sub-model {index}: they are numbered 0 to {number - 1}")
+
+
 class Method(Protocol):
   """The functions of a method's module."""
 
@@ -80,7 +90,10 @@ class Method(Protocol):
     """
 
   def forward(self, model: nn.Module, params: Params, batch: Batch, index: int | jax.Array) -> Output:
-    """The sub-model's causal forward pass: cut out at trace time for an int, one program for all for a traced index."""
+    """The sub-model's causal forward pass: cut out at trace time for an int, one program for all for a traced index.
+
+    IndexError for an int out of range (`check_index`). A traced index out of range is clamped by JAX, not noticed.
+    """
 
   def cost(self, model: nn.Module, submodel: SubModel, seq_len: int, realised: Metrics) -> Cost:
     """Analytic cost of a sub-model on sequences of seq_len tokens, given what `Output.aux` measured."""

@@ -8,7 +8,7 @@ from adaptive import cost as costs
 from adaptive import losses
 from adaptive.backbone.transformer import Transformer
 from adaptive.config import ModelConfig
-from adaptive.methods.contract import Batch, Metrics, Output, Params, SubModel
+from adaptive.methods.contract import Batch, Metrics, Output, Params, SubModel, check_index
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +43,7 @@ def loss(model: Transformer, params: Params, batch: Batch, choice, key, step) ->
 
 
 def forward(model: Transformer, params: Params, batch: Batch, index) -> Output:
+  check_index(index, 1)
   return Output(model.apply({"params": params}, batch), {})
 
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from adaptive.config import OptimizerConfig, require
@@ -77,4 +78,31 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
       adam_weight_decay=0.0,  # what is left to AdamW is norms, biases and both sides of the embedding
       muon_weight_dimension_numbers=muon_dimensions,
     )
-  return optax.chain(optax.clip_by_global_norm(config.clip_norm), update) if config.clip_norm else update
+  if config.clip_norm:
+    update = optax.chain(optax.clip_by_global_norm(config.clip_norm), update)
+  return freeze_inactive(update) if config.inactive == "freeze" else update
+
+
+def freeze_inactive(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+  """The optimizer, but parameters and moments stay bitwise as they are wherever the gradient is exactly zero.
+
+  That is outside the union of a step's sub-models, whose undrawn parts momentum and weight decay move otherwise; and in
+  an untied embedding the rows of tokens that the batch lacks. The state is that of the optimizer: counters go on.
+  """
+  masked = lambda x: isinstance(x, optax.MaskedNode)  # stands where one optimizer of several has no moments
+
+  def update(grads, state, params=None):
+    active = jax.tree.map(lambda g: g != 0, grads)
+    updates, moved = optimizer.update(grads, state, params)
+    updates = jax.tree.map(lambda on, u: jnp.where(on, u, jnp.zeros_like(u)), active, updates)
+    moments_active = optax.tree_map_params(
+      optimizer,
+      lambda moment, on: moment if masked(moment) else on,
+      state,
+      active,
+      transform_non_params=lambda x: x if masked(x) else True,
+      is_leaf=masked,
+    )
+    return updates, jax.tree.map(jnp.where, moments_active, moved, state)
+
+  return optax.GradientTransformation(optimizer.init, update)

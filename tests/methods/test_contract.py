@@ -63,6 +63,17 @@ def test_the_full_dial_is_the_dense_model(name):
 
 
 @every_method
+def test_an_index_out_of_range_is_refused_as_an_int_and_clamped_as_a_traced_number(name):
+  method, model = built(name)
+  params, batch, number = tiny.random_params(MODEL), tiny.packed_batch(MODEL), len(method.submodels(model))
+  for wrong in (-1, number):
+    with pytest.raises(IndexError, match=f"there is no sub-model {wrong}: they are numbered 0 to {number - 1}"):
+      method.forward(model, params, batch, wrong)
+  traced = jax.jit(lambda index: method.forward(model, params, batch, index).logits)
+  np.testing.assert_array_equal(traced(np.int32(number + 5)), traced(np.int32(number - 1)))
+
+
+@every_method
 def test_names_are_unique_and_costs_grow_to_the_full_model(name):
   method, model = built(name)
   submodels = method.submodels(model)

@@ -45,7 +45,9 @@ def test_a_dimension_without_a_choice_is_left_out_of_names():
 
 @pytest.mark.parametrize("scheme", ["uniform", "weighted", "sandwich", "all", "multi_exit"])
 def test_sampling_is_a_pure_function_of_seed_and_step(scheme):
-  fields = dict(scheme=scheme, num_sampled=3, weights=tuple(range(1, 13)) if scheme == "weighted" else ())
+  fields = dict(scheme=scheme, num_sampled=3)
+  if scheme == "weighted":
+    fields |= dict(weights=tuple(range(1, 13)), replacement=True)
   family = dict(q_per_kv=(), d_ff=(), depths=(1, 2, 3, 4)) if scheme == "multi_exit" else {}
   draw = lambda seed, step: sorted_net.sample(build(**fields, **family), seed, step)
   forwards = [draw(5, step) for step in range(50)]
@@ -62,12 +64,14 @@ def test_uniform_sampling_is_uniform(replacement):
   assert chi_square(found, [4000 / 12] * 12) < 31.3, "11 degrees of freedom, p = 0.001"
 
 
-def test_weighted_sampling_follows_the_weights():
+@pytest.mark.parametrize("num_sampled", [1, 3])
+def test_weighted_sampling_follows_the_weights(num_sampled):
   weights = (0.0, 1.0, 2.0, 3.0, *[0.5] * 8)
-  model = build(scheme="weighted", num_sampled=1, weights=weights)
+  model = build(scheme="weighted", num_sampled=num_sampled, replacement=num_sampled > 1, weights=weights)
   found = counts(model)
   assert found[0] == 0
-  assert chi_square(found, [2000 * w / 10 for w in weights]) < 29.6, "10 degrees of freedom, p = 0.001"
+  expected = [2000 * num_sampled * w / 10 for w in weights]
+  assert chi_square(found, expected) < 29.6, "10 degrees of freedom, p = 0.001"
 
 
 def test_the_sandwich_has_the_full_model_first_and_the_smallest_second():
@@ -87,6 +91,15 @@ def test_without_replacement_nothing_repeats_and_with_it_something_does():
   assert repeats(build(num_sampled=6, replacement=True)) > 50
 
 
+@pytest.mark.parametrize("replacement", [False, True])
+def test_the_same_draw_comes_in_one_order_only(replacement):
+  fields = dict(num_sampled=4, replacement=replacement)
+  for model, free in ((build(**fields), 0), (build(scheme="sandwich", **fields), 2)):
+    drawn = [sorted_net.sample(model, 0, step)[free:] for step in range(200)]
+    assert drawn == [tuple(sorted(choice)) for choice in drawn]
+    assert len(set(drawn)) > 20
+
+
 def test_all_and_multi_exit_take_every_sub_model():
   assert sorted(sorted_net.sample(build(scheme="all"), 0, 0)) == list(range(12))
   depths = sorted_net.build(MODEL, Config(depths=(1, 2, 4), scheme="multi_exit"))
@@ -103,7 +116,13 @@ def test_all_and_multi_exit_take_every_sub_model():
   (dict(d_ff=(7, 24)), "multiple of model.ff_groups=2"),
   (dict(num_sampled=0), "method.num_sampled=0 is too small for 'uniform'"),
   (dict(num_sampled=1, scheme="sandwich"), "method.num_sampled=1 is too small for 'sandwich'"),
-  (dict(num_sampled=13), "draws without replacement from only 12"),
+  (dict(num_sampled=13), "method.num_sampled=13 is more than 'uniform' can draw from 12 sub-models"),
+  (dict(num_sampled=13, scheme="sandwich"), "is more than 'sandwich' can draw from 12"),
+  (dict(num_sampled=3, scheme="sandwich", replacement=True, depths=(2, 4), q_per_kv=(), d_ff=()), "can draw from 2"),
+  (dict(scheme="sandwich", depths=(), q_per_kv=(), d_ff=()), "can draw from 1 sub-models"),
+  (dict(scheme="weighted", weights=(1.0,) * 12), "set method.replacement or num_sampled=1"),
+  (dict(executor="static", num_sampled=2), "compiles each of 66 choices, more than 64: use 'switch'"),
+  (dict(executor="static", num_sampled=4, scheme="sandwich", replacement=True, d_ff=(8, 16, 24)), "of 136 choices"),
   (dict(weights=(1.0, 2.0)), "method.weights has 2 entries for 12"),
   (dict(weights=(1.0,) * 12), "method.weights means nothing to 'uniform'"),
   (dict(scheme="weighted"), "needs method.weights"),
@@ -129,8 +148,74 @@ def test_a_step_splits_its_batch_into_as_many_parts_as_it_draws():
 
 
 def test_only_static_execution_wants_the_choice_at_trace_time():
-  assert [sorted_net.static_choice(build(executor=e)) for e in ("static", "switch", "mask")] == [True, False, False]
+  wants = [sorted_net.static_choice(build(executor=e, num_sampled=1)) for e in ("static", "switch", "mask")]
+  assert wants == [True, False, False]
   assert sorted_net.static_choice(sorted_net.build(MODEL, Config(depths=(1, 4), scheme="multi_exit")))
+
+
+@pytest.mark.parametrize(("fields", "number"), [
+  (dict(num_sampled=1), 12),
+  (dict(num_sampled=11), 12),
+  (dict(num_sampled=12), 1),
+  (dict(scheme="all"), 1),
+  (dict(scheme="sandwich", num_sampled=3), 10),
+  (dict(scheme="sandwich", num_sampled=2), 1),
+  (dict(scheme="weighted", num_sampled=2, replacement=True, weights=(0, 1, 2, 0, *[0] * 7, 3)), 6),
+  (dict(num_sampled=3, replacement=True, depths=(1, 4), d_ff=()), 20),
+], ids=str)  # fmt: skip
+def test_static_execution_is_allowed_for_as_many_choices_as_are_drawn(fields, number):
+  model = build(executor="static", **fields)
+  drawn = {sorted_net.sample(model, 0, step) for step in range(1000)}
+  assert len(drawn) == sorted_net._num_choices(model.method, len(sorted_net.submodels(model))) == number
+
+
+FULL = (4, 3, 24)
+LISTED = ((1, 3, 8), (1, 3, 24), (2, 3, 8), FULL)
+
+
+def listed(*sizes, **fields):
+  return sorted_net.build(MODEL, Config(listed=sizes, num_sampled=1, **fields))
+
+
+def test_a_listed_family_is_the_list_in_its_order_with_what_varies_in_its_names():
+  model = listed(*LISTED)
+  names = ["depth=1,d_ff=8", "depth=1,d_ff=24", "depth=2,d_ff=8", "depth=4,d_ff=24"]
+  assert [s.name for s in sorted_net.submodels(model)] == names
+  found = [sorted_net.subnet_of(model, s) for s in sorted_net.submodels(model)]
+  assert [(len(s.layer_path), *s.widths) for s in found] == list(LISTED)
+  assert [s.name for s in sorted_net.submodels(listed(FULL))] == ["depth=4"]
+
+
+@pytest.mark.parametrize(("sizes", "message"), [
+  ((LISTED[0], LISTED[0], FULL), "names a sub-model twice"),
+  (((1, 8), FULL), "needs (depth, q_per_kv, d_ff) triples, not (1, 8)"),
+  (((1, 3, 8, 1), FULL), "triples, not (1, 3, 8, 1)"),
+  (((1, 3, 8), (2, 3, 24)), "must end with the full model (4, 3, 24), not (2, 3, 24)"),
+  (((1, 3, 8), FULL, (2, 3, 24)), "must end with the full model"),
+  (((0, 3, 8), FULL), "method.listed=(0, 3, 8) must be positive and at most the model's own (4, 3, 24)"),
+  (((-1, 3, 8), FULL), "method.listed=(-1, 3, 8) must be positive"),
+  (((1, 3, 0), FULL), "method.listed=(1, 3, 0) must be positive"),
+  (((1, 4, 8), FULL), "method.listed=(1, 4, 8) must be positive and at most"),
+  (((5, 3, 8), FULL), "method.listed=(5, 3, 8) must be positive and at most"),
+  (((2, 3, 8), (1, 3, 8), FULL), "method.listed must begin with (1, 3, 8), which is part of all others"),
+  (((2, 3, 8), (1, 3, 24), FULL), "method.listed must begin with (1, 3, 8), which is part of all others"),
+  (((1, 3, 7), FULL), "multiple of model.ff_groups=2"),
+])  # fmt: skip
+def test_an_impossible_list_is_refused_in_one_line(sizes, message):
+  with pytest.raises(ConfigError) as error:
+    listed(*sizes)
+  assert message in str(error.value)
+  assert "\n" not in str(error.value)
+
+
+def test_a_list_replaces_the_product_and_must_vary_in_depth_alone_for_multi_exit():
+  with pytest.raises(ConfigError, match="method.listed replaces method.depths"):
+    listed(*LISTED, depths=(1, 4))
+  with pytest.raises(ConfigError, match="trains depths only"):
+    listed(*LISTED, scheme="multi_exit")
+  model = listed((1, 3, 24), (3, 3, 24), FULL, scheme="multi_exit")
+  assert [s.name for s in sorted_net.submodels(model)] == ["depth=1", "depth=3", "depth=4"]
+  assert sorted_net.sample(model, 0, 0) == (2, 1, 0)
 
 
 @pytest.mark.parametrize("index", [0, 5, 11])

@@ -143,3 +143,44 @@ def test_multi_exit_is_the_mean_over_separate_depths(weights, remat):
   found, parts = trained(config, (2, 1, 0), model), [alone(DEPTHS, i) for i in range(3)]
   check(found, weighted_sum(shares.tolist(), parts))
   check_metrics(found, parts[::-1])
+
+
+@pytest.mark.parametrize("executor", ["static", "switch"])
+def test_split_data_means_the_same_in_every_executor(executor):
+  """Each sub-model reads the same rows whichever way it runs; losses of single sub-models tell them apart."""
+  config = dataclasses.replace(SHARED, scheme="uniform", num_sampled=2, accum_data="split")
+  (loss, metrics), grads = trained(dataclasses.replace(config, executor=executor), (0, 2))
+  (expected, wanted), expected_grads = trained(dataclasses.replace(config, executor="mask"), (0, 2))
+  tiny.assert_trees_close((loss, metrics, grads), (expected, wanted, expected_grads), rtol=2e-5)
+
+
+@pytest.mark.parametrize("executor", ["static", "switch", "mask"])
+@pytest.mark.parametrize("accum_data", ["split", "shared"])
+def test_gradients_of_a_step_are_zero_outside_the_union_of_its_sub_models_and_not_inside(executor, accum_data):
+  """(depth 1, d_ff 24) and (depth 3, d_ff 8): neither holds the other, and their union is not the whole."""
+  config = dataclasses.replace(SHARED, scheme="uniform", num_sampled=2, accum_data=accum_data, executor=executor)
+  model = sorted_net.build(MODEL, config)
+  parts = [sorted_net.subnet_of(model, sorted_net.submodels(model)[i]) for i in (1, 2)]
+  masks = [tiny.inside(MODEL, PARAMS, part) for part in parts]
+  _, grads = trained(config, (1, 2))
+  for (path, grad), a, b in zip(jax.tree_util.tree_leaves_with_path(grads), *map(jax.tree.leaves, masks)):
+    grad, union = np.asarray(grad), a | b
+    assert not grad[~union].any(), jax.tree_util.keystr(path)
+    assert np.mean(grad[union] != 0) > 0.99, jax.tree_util.keystr(path)
+  outside = jax.tree.map(lambda a, b: not (a | b).all(), *masks)
+  assert {path[-1].key for path, some in jax.tree_util.tree_leaves_with_path(outside) if some} == {"gate", "up", "down"}
+
+
+def test_distillation_by_switch_is_that_by_static():
+  config = dataclasses.replace(SHARED, scheme="sandwich", num_sampled=3, distill=0.4, distill_temperature=1.5)
+  found, expected = (trained(dataclasses.replace(config, executor=e), (3, 0, 2)) for e in ("switch", "static"))
+  tiny.assert_trees_close(found, expected, rtol=2e-5)
+
+
+def test_the_sandwich_of_a_family_of_two_is_all_of_it():
+  config = dataclasses.replace(SHARED, d_ff=(), scheme="sandwich", num_sampled=2)
+  model = sorted_net.build(MODEL, config)
+  assert {sorted_net.sample(model, 0, step) for step in range(10)} == {(1, 0)}
+  check(
+    trained(config, (1, 0)), weighted_sum([0.5, 0.5], [alone(dataclasses.replace(SHARED, d_ff=()), i) for i in (1, 0)])
+  )

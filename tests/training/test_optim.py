@@ -6,6 +6,7 @@ import pytest
 import tiny
 
 from adaptive import methods
+from adaptive import subnet as subnets
 from adaptive.backbone.transformer import Transformer
 from adaptive.config import ConfigError, OptimizerConfig
 from adaptive.training import optim
@@ -171,3 +172,64 @@ def test_another_dtype_of_the_first_moment_is_refused():
   config = {"training": {"optimizer": {"mu_dtype": "float16"}}, "method": {"name": "dense"}}
   with pytest.raises(ConfigError, match="mu_dtype='float16' is not one of '', 'float32', 'bfloat16'"):
     methods.parse_config(config)
+
+
+INSIDE = tiny.inside(CONFIG, PARAMS, subnets.prefix(CONFIG, 2, 1, 8))
+
+
+def after_small_steps(name, inactive):
+  """(parameters, optimizer state) after a step of the full model, and after three more of a small sub-model."""
+  settings = {**SETTLED, "clip_norm": 1.0, "inactive": inactive}
+  optimizer = optim.make_optimizer(OptimizerConfig(name=name, **settings), 10)
+  full = tiny.random_params(CONFIG, seed=1)
+  small = jax.tree.map(lambda g, keep: jnp.where(keep, g, 0), full, INSIDE)
+
+  @jax.jit
+  def step(grads, params, state):
+    updates, state = optimizer.update(grads, state, params)
+    return optax.apply_updates(params, updates), state
+
+  first = later = step(full, PARAMS, optimizer.init(PARAMS))
+  for _ in range(3):
+    later = step(small, *later)
+  return first, later
+
+
+def shares_moved(first, later):
+  """For every parameter and moment with an undrawn part: shares of it that moved, (drawn, undrawn)."""
+  drawn = {jax.tree_util.keystr(p): keep for p, keep in jax.tree_util.tree_leaves_with_path(INSIDE) if not keep.all()}
+  found = {}
+  for (path, before), after in zip(jax.tree_util.tree_leaves_with_path(first), jax.tree.leaves(later)):
+    name = jax.tree_util.keystr(path)
+    for keep in (keep for suffix, keep in drawn.items() if name.endswith(suffix)):
+      moved = np.asarray(before) != np.asarray(after)
+      found[name] = (moved[keep].mean(), moved[~keep].mean())
+  assert len(drawn) == len(jax.tree.leaves(PARAMS["layers"]))
+  return found
+
+
+@pytest.mark.parametrize(("name", "copies"), [("adamw", 3), ("muon", 2)])
+def test_undrawn_parameters_and_moments_freeze_only_when_asked(name, copies):
+  kept, frozen = (shares_moved(*after_small_steps(name, inactive)) for inactive in ("keep", "freeze"))
+  assert len(kept) == len(frozen) >= copies * len(jax.tree.leaves(PARAMS["layers"])), "parameters and all moments"
+  assert min(undrawn for _, undrawn in kept.values()) > 0.9
+  assert min(drawn for drawn, _ in frozen.values()) > 0.9
+  assert {undrawn for _, undrawn in frozen.values()} == {0.0}
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_freezing_changes_nothing_where_every_gradient_counts(name):
+  grads = tiny.random_params(CONFIG, seed=1)
+
+  def run(inactive):
+    optimizer = optim.make_optimizer(OptimizerConfig(name=name, inactive=inactive, **SETTLED), 10)
+    return jax.jit(lambda: optimizer.update(grads, optimizer.init(PARAMS), PARAMS))()
+
+  tiny.assert_trees_equal(run("freeze"), run("keep"))
+
+
+def test_a_frozen_optimizer_has_its_moments_where_the_parameters_lie():
+  mesh = tiny.mesh(2, 2, 2)
+  make = lambda inactive: optim.make_optimizer(OptimizerConfig(name="muon", inactive=inactive, **SETTLED), 10)
+  keep, freeze = (states.abstract(Transformer(CONFIG), make(inactive), mesh) for inactive in ("keep", "freeze"))
+  assert jax.tree.map(lambda x: x.sharding, keep) == jax.tree.map(lambda x: x.sharding, freeze)

@@ -9,14 +9,17 @@ A sub-model is the first `depth` layers, the first `q_per_kv` query heads of eve
 feed-forward channels; the embedding, the final norm and the head are shared by all. The objective is
 min E_{b ~ P} L(x; theta(b)); a step draws `num_sampled` sub-models and averages their gradients.
 
-Departures from the papers, with reasons:
-- the gradient is the mean over the sampled sub-models, not the sum, so that the learning rate does not depend on them;
-- sampling is without replacement unless asked for, which covers small families better;
-- SoFT's loss is printed as a sum over exits divided by their number: a mean here too.
+Departures from the papers, with reasons (of SortedNet's only the abstract was read):
+- the gradient is the mean over the sampled sub-models (slimmable networks sum), as long for many as for one;
+- sampling is without replacement unless asked for, so that a step draws no sub-model of a small family twice;
+- key/value heads and the residual width are whole in every sub-model, so that caches and norms need no care;
+- what a step does not draw still moves by momentum and weight decay, unless `training.optimizer.inactive` freezes it;
+- one scheme for the whole run, no stages.
 """
 
 import dataclasses
 import itertools
+import math
 from typing import Literal
 
 import jax
@@ -28,7 +31,7 @@ from adaptive import executors, losses, sharding
 from adaptive import subnet as subnets
 from adaptive.backbone.transformer import Transformer
 from adaptive.config import ModelConfig, require
-from adaptive.methods.contract import Batch, Metrics, Output, Params, SubModel
+from adaptive.methods.contract import Batch, Metrics, Output, Params, SubModel, check_index
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,15 +41,16 @@ class Config:
   Attributes:
     depths, q_per_kv, d_ff: choices of each dimension, increasing, the model's own size last; empty means full only.
       The sub-models are their product.
-    listed: instead of the product, the (depth, q_per_kv, d_ff) of every sub-model, the full model last.
+    listed: instead of the product, the (depth, q_per_kv, d_ff) of every sub-model; the smallest first, the full last.
     scheme: how a step chooses. `uniform`: num_sampled draws. `weighted`: draws by `weights`. `sandwich`: the full, the
-      smallest and num_sampled - 2 draws. `all`: every sub-model. `multi_exit`: every depth in one forward pass (SoFT).
+      smallest and num_sampled - 2 draws. `all`: every sub-model. `multi_exit`: every depth in one forward pass (SoFT),
+      which needs no num_sampled, accum_data and executor.
     num_sampled: sub-models of a step (g_n in the paper).
     replacement: whether a step may draw a sub-model twice.
     weights: for `weighted` and `multi_exit`: one number per sub-model in the order of `submodels`, scaled to sum to 1.
     accum_data: whether the sub-models of a step each see the `shared` batch, or `split` it between them.
     distill: in-place distillation: share of the loss of all but the full sub-model that is the soft cross entropy to
-      the full one's output of the same step. Needs the full sub-model and shared data in every step.
+      the full one's output of the same step; 1 in slimmable networks. Needs `sandwich` or `all`, and shared data.
     distill_temperature: softens both distributions.
     executor: how sub-models run in training; see `adaptive.executors`. `static` compiles each choice of a step.
   """
@@ -63,6 +67,10 @@ class Config:
   distill: float = 0.0
   distill_temperature: float = 1.0
   executor: Literal["static", "switch", "mask"] = "switch"
+
+
+# Programs that `static` may compile in one run, one for each set of sub-models that a step can draw.
+_MAX_STATIC_CHOICES = 64
 
 
 class SortedNet(Transformer):
@@ -97,25 +105,20 @@ def _check_listed(model: ModelConfig, config: Config) -> None:
   require(
     not (config.depths or config.q_per_kv or config.d_ff), "method.listed replaces method.depths, q_per_kv and d_ff"
   )
-  wrong = [sizes for sizes in config.listed if len(sizes) != 3]
-  require(not wrong, f"method.listed needs (depth, q_per_kv, d_ff) triples, not {wrong[:1]}")
-  require(len(set(config.listed)) == len(config.listed), "method.listed names a sub-model twice")
   full = (model.num_layers, model.q_per_kv, model.d_ff)
+  for sizes in config.listed:
+    require(len(sizes) == 3, f"method.listed needs (depth, q_per_kv, d_ff) triples, not {sizes}")
+    fits = all(0 < size <= most for size, most in zip(sizes, full))
+    require(fits, f"method.listed={sizes} must be positive and at most the model's own {full}")
+  require(len(set(config.listed)) == len(config.listed), "method.listed names a sub-model twice")
   require(config.listed[-1] == full, f"method.listed must end with the full model {full}, not {config.listed[-1]}")
+  least = tuple(map(min, zip(*config.listed)))
+  require(config.listed[0] == least, f"method.listed must begin with {least}, which is part of all others")
 
 
 def _check_scheme(config: Config, family: tuple[subnets.Subnet, ...]) -> None:
   sampled, scheme = config.num_sampled, config.scheme
   require(sampled >= (2 if scheme == "sandwich" else 1), f"method.num_sampled={sampled} is too small for {scheme!r}")
-  require(
-    sampled <= len(family) or config.replacement or scheme in ("all", "multi_exit"),
-    f"method.num_sampled={sampled} draws without replacement from only {len(family)} sub-models",
-  )
-  middle = len(family) - 2
-  require(
-    scheme != "sandwich" or sampled - 2 <= middle or (config.replacement and middle > 0),
-    f"method.num_sampled={sampled} needs {sampled - 2} sub-models between smallest and full, there are {middle}",
-  )
   require(
     not config.weights or len(config.weights) == len(family),
     f"method.weights has {len(config.weights)} entries for {len(family)} sub-models",
@@ -126,10 +129,15 @@ def _check_scheme(config: Config, family: tuple[subnets.Subnet, ...]) -> None:
     not config.weights or (min(config.weights) >= 0 and sum(config.weights) > 0),
     "method.weights must not be negative, and not all zero",
   )
-  positive = sum(weight > 0 for weight in config.weights)
   require(
-    scheme != "weighted" or config.replacement or sampled <= positive,
-    f"method.num_sampled={sampled} draws without replacement from only {positive} sub-models of positive weight",
+    scheme != "weighted" or config.replacement or sampled == 1,
+    f"method.weights are not followed by {sampled} draws without replacement: set method.replacement or num_sampled=1",
+  )
+  choices = _num_choices(config, len(family))
+  require(choices > 0, f"method.num_sampled={sampled} is more than {scheme!r} can draw from {len(family)} sub-models")
+  require(
+    config.executor != "static" or choices <= _MAX_STATIC_CHOICES,
+    f"method.executor='static' compiles each of {choices} choices, more than {_MAX_STATIC_CHOICES}: use 'switch'",
   )
   require(config.distill_temperature > 0, f"method.distill_temperature={config.distill_temperature} must be positive")
   require(0.0 <= config.distill <= 1.0, f"method.distill={config.distill} must lie in [0, 1]")
@@ -142,6 +150,18 @@ def _check_scheme(config: Config, family: tuple[subnets.Subnet, ...]) -> None:
     scheme != "multi_exit" or len({s.widths for s in family}) == 1,
     "method.scheme='multi_exit' trains depths only: leave method.q_per_kv and method.d_ff empty",
   )
+
+
+def _num_choices(config: Config, size: int) -> int:
+  """How many different sets of sub-models a step can draw from a family of that size; 0 when it cannot draw."""
+  if config.scheme in ("all", "multi_exit"):
+    return 1
+  fixed = 2 if config.scheme == "sandwich" else 0
+  size = sum(weight > 0 for weight in config.weights) if config.weights else size - fixed
+  if size < 0:
+    return 0
+  drawn = config.num_sampled - fixed
+  return math.comb(max(size + drawn - 1, 0) if config.replacement else size, drawn)
 
 
 def submodels(model: SortedNet) -> tuple[SubModel, ...]:
@@ -166,16 +186,19 @@ def _family(model: SortedNet) -> tuple[subnets.Subnet, ...]:
 
 
 def sample(model: SortedNet, seed: int, step: int) -> tuple[int, ...]:
-  """Indices of the step's sub-models, keyed by (seed, step) with a counter-based generator."""
+  """Indices of the step's sub-models, keyed by (seed, step) with a counter-based generator.
+
+  Draws are in increasing order, so that `static` compiles a set of sub-models once, not once per order.
+  """
   method, size = model.method, len(submodels(model))
   if method.scheme in ("all", "multi_exit"):
     return tuple(reversed(range(size)))
   rng = np.random.Generator(np.random.Philox(key=[seed, step]))
   if method.scheme == "sandwich":
     middle = rng.choice(np.arange(1, size - 1), method.num_sampled - 2, replace=method.replacement)
-    return (size - 1, 0, *(int(i) for i in middle))
+    return (size - 1, 0, *sorted(middle.tolist()))
   weights = np.array(method.weights) / sum(method.weights) if method.scheme == "weighted" else None
-  return tuple(int(i) for i in rng.choice(size, method.num_sampled, replace=method.replacement, p=weights))
+  return tuple(sorted(rng.choice(size, method.num_sampled, replace=method.replacement, p=weights).tolist()))
 
 
 def static_choice(model: SortedNet) -> bool:
@@ -190,6 +213,7 @@ def batch_parts(model: SortedNet) -> int:
 def forward(model: SortedNet, params: Params, batch: Batch, index: int | jax.Array) -> Output:
   """Logits of one sub-model: cut out when the index is an int, else by the configured one-compile executor."""
   family = _family(model)
+  check_index(index, len(family))
   if isinstance(index, int):
     return Output(executors.static(model.config, params, batch, family[index]), {})
   run = executors.mask if model.method.executor == "mask" else executors.switch
