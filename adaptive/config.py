@@ -163,7 +163,8 @@ class DataConfig:
     seq_len: tokens in a row.
     batch_size: rows in a step, over all hosts and devices.
     validation_fraction: of `stdlib` and `files`: a file belongs to validation by the hash of its relative path.
-    undecodable: what to do with a file that is not UTF-8.
+    bad_files: what to do with a file (an example of TFDS) that cannot be read or is not UTF-8: refuse the data, or name
+      it in a warning and leave it out. An empty file is left out and counted.
   """
 
   source: Literal["stdlib", "files", "tfds"] = "stdlib"
@@ -177,7 +178,7 @@ class DataConfig:
   seq_len: int = 256
   batch_size: int = 16
   validation_fraction: float = 0.05
-  undecodable: Literal["error", "skip"] = "error"
+  bad_files: Literal["error", "skip"] = "error"
 
   def __post_init__(self):
     require_range(self, "data.", "seq_len", 2)

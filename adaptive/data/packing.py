@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 import tqdm
 
+from adaptive.config import ConfigError
 from adaptive.data.sources import Document
 from adaptive.data.tokenizers import Tokenizer
 
@@ -79,14 +80,15 @@ def pack(documents: Sequence[Document], tokenizer: Tokenizer, seq_len: int) -> P
   """Tokenises documents; shows progress when that takes long.
 
   Raises:
-    ValueError: the tokenizer gave an id outside its own vocabulary (on a device this would pass unseen).
+    ConfigError: the tokenizer gave an id outside its own vocabulary (on a device this would pass unseen).
   """
   dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
   parts, starts = [np.zeros(0, dtype)], np.zeros(len(documents) + 1, np.int64)
   for i, document in enumerate(tqdm.tqdm(documents, desc="tokenise", unit="document", delay=2.0, disable=None)):
     ids = np.concatenate(([tokenizer.bos], tokenizer.encode(document.text), [tokenizer.eos]))
     if ids.min() < 0 or ids.max() >= tokenizer.vocab_size:
-      raise ValueError(f"{document.name!r}: token ids outside [0, {tokenizer.vocab_size}): {ids.min()}..{ids.max()}")
+      found = f"{ids.min()} .. {ids.max()}"
+      raise ConfigError(f"{document.name!r}: token ids {found} lie outside 0 .. {tokenizer.vocab_size - 1}")
     parts.append(ids.astype(dtype))
     starts[i + 1] = starts[i] + len(ids) - 1
   num_bytes = sum(len(document.text.encode("utf-8")) for document in documents)

@@ -78,12 +78,16 @@ def load_documents(config: DataConfig) -> Corpus:
 
 def _stdlib_documents() -> list[Document]:
   """The running interpreter's own source code."""
-  root = pathlib.Path(sysconfig.get_paths()["stdlib"])
+  root = _stdlib_root()
   paths = [p for p in _walk(root, _STDLIB_SKIPPED) if p.suffix == ".py"]
   # A distributor may have added a file in another encoding; that must not stop anyone's first run.
-  documents = _read_all(root, paths, skip_undecodable=True)
+  documents = _read_all(root, paths, skip_bad=True)
   require(bool(documents), f"data.source='stdlib': no Python source code in {str(root)!r}; use data.source='files'")
   return documents
+
+
+def _stdlib_root() -> pathlib.Path:
+  return pathlib.Path(sysconfig.get_paths()["stdlib"])
 
 
 def _file_documents(config: DataConfig) -> list[Document]:
@@ -99,7 +103,7 @@ def _file_documents(config: DataConfig) -> list[Document]:
     matches = set(glob.glob(pattern, recursive=True))
     paths = [pathlib.Path(p) for p in matches if os.path.isfile(p) or not os.path.exists(p)]
     require(bool(paths), f"data.path={config.path!r}: no such folder, and no file matches it as a glob")
-  documents = _read_all(root, paths, skip_undecodable=config.undecodable == "skip")
+  documents = _read_all(root, paths, skip_bad=config.bad_files == "skip")
   require(bool(documents), f"data.path={config.path!r}: no text, all {len(paths)} files are empty or were skipped")
   return documents
 
@@ -126,25 +130,27 @@ def _walk(root: pathlib.Path, skipped: frozenset[str] = frozenset()) -> Iterator
         yield pathlib.Path(path)
 
 
-def _read_all(root: pathlib.Path, paths: Iterable[pathlib.Path], skip_undecodable: bool) -> list[Document]:
+def _read_all(root: pathlib.Path, paths: Iterable[pathlib.Path], skip_bad: bool) -> list[Document]:
   """Documents sorted by name, without empty ones (which hold nothing to learn)."""
   named = sorted((path.relative_to(root).as_posix(), path) for path in paths)
-  documents = (Document(name, _read(path, skip_undecodable)) for name, path in named)
+  documents = [Document(name, _read(path, skip_bad)) for name, path in named]
+  empty = [document.name for document in documents if document.text == ""]
+  if empty and not root.samefile(_stdlib_root()):  # the standard library has dozens, and nobody can mend it
+    logging.warning("Left out: %d empty files below %s, such as %s", len(empty), root, empty[0])
   return [document for document in documents if document.text]
 
 
-def _read(path: pathlib.Path, skip_undecodable: bool) -> str:
-  """Text of a UTF-8 file, bytes unchanged (no newline translation); empty for a file that is skipped."""
+def _read(path: pathlib.Path, skip_bad: bool) -> str | None:
+  """Text of a UTF-8 file, bytes unchanged (no newline translation); None for a file that is skipped."""
   try:
     return path.read_bytes().decode("utf-8")
   except UnicodeDecodeError as error:
     message = f"{str(path)!r} is not UTF-8: byte 0x{error.object[error.start]:02x} at offset {error.start}"
-    if not skip_undecodable:
-      raise ConfigError(f"{message}; data.undecodable='skip' leaves such files out") from error
-    logging.warning("Skipped: %s", message)
-    return ""
-  except OSError as error:
-    raise ConfigError(f"cannot read {str(path)!r}: {error.strerror or type(error).__name__}") from error
+  except OSError as error:  # gone since the folder was listed, a broken link, no permission, a bad disk
+    message = f"cannot read {str(path)!r}: {error.strerror or type(error).__name__}"
+  require(skip_bad, f"{message}; data.bad_files='skip' leaves such files out")
+  logging.warning("Skipped: %s", message)
+  return None
 
 
 def _split(documents: list[Document], config: DataConfig) -> tuple[list[Document], list[Document]]:
@@ -179,19 +185,30 @@ def _tfds_documents(config: DataConfig, split_field: str) -> list[Document]:
   source = _tfds_source(config, split_field)
   documents = []
   for i in range(len(source)):
-    text = _tfds_text(source[i], config)
     try:
+      text = _tfds_text(_tfds_example(source, i), config)
       text = text.decode("utf-8") if isinstance(text, bytes) else text
-    except UnicodeDecodeError as error:
-      message = f"data.tfds_name={config.tfds_name!r}: example {i} of {split!r} is not UTF-8 at offset {error.start}"
-      if config.undecodable == "error":
-        raise ConfigError(f"{message}; data.undecodable='skip' leaves such examples out") from error
+    except (UnicodeDecodeError, _Unreadable) as error:
+      what = f"is not UTF-8 at offset {error.start}" if isinstance(error, UnicodeDecodeError) else str(error)
+      message = f"data.tfds_name={config.tfds_name!r}: example {i} of {split!r} {what}"
+      require(config.bad_files == "skip", f"{message}; data.bad_files='skip' leaves such examples out")
       logging.warning("Skipped: %s", message)
       continue
     if text:
       documents.append(Document(f"{split}/{i}", text))
   require(bool(documents), f"data.{split_field}={split!r} of {config.tfds_name!r} holds no text")
   return documents
+
+
+class _Unreadable(Exception):  # noqa: N818 - of one example; the message goes on after its name
+  pass
+
+
+def _tfds_example(source: Any, i: int) -> Any:
+  try:
+    return source[i]
+  except Exception as error:  # the reader of damaged or truncated files raises several kinds
+    raise _Unreadable(f"cannot be read: {_first_line(error)}") from error
 
 
 def _tfds_source(config: DataConfig, split_field: str) -> Any:
@@ -223,6 +240,8 @@ def _tfds_text(example: Any, config: DataConfig) -> str | bytes:
   key = config.tfds_text_key
   require(key in known, f"data.tfds_text_key={key!r} is not a feature of {config.tfds_name!r}; it has {known}")
   text = example[key]
+  if text is None:  # what the reader makes of a record whose bytes are gone
+    raise _Unreadable("has no content: its file may be damaged")
   require(
     isinstance(text, (str, bytes)),
     f"data.tfds_text_key={key!r} of {config.tfds_name!r} is not text but {type(text).__name__}",

@@ -112,7 +112,7 @@ def test_tokens_are_stored_small_but_whole(vocab_size, dtype):
 
 @pytest.mark.parametrize("bad", [-1, 12])
 def test_ids_outside_the_vocabulary_are_refused(bad):
-  with pytest.raises(ValueError, match=r"'0': token ids outside \[0, 12\)"):
+  with pytest.raises(ValueError, match=r"'0': token ids .* lie outside 0 \.\. 11"):
     make([[1, bad]], 4)
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -129,7 +130,7 @@ def test_undecodable_file_is_named_with_its_offset_or_skipped(tmp_path, caplog):
   assert "bad.txt" in message
   assert "offset 3" in message
   with caplog.at_level("WARNING"):
-    corpus = load_documents(files_config(tmp_path, undecodable="skip"))
+    corpus = load_documents(files_config(tmp_path, bad_files="skip"))
   assert names(corpus.train) == ["good.txt"]
   assert any("bad.txt" in record.getMessage() for record in caplog.records)
 
@@ -145,6 +146,26 @@ def test_bad_folders_and_files(tmp_path):
   (tmp_path / "link.txt").symlink_to(tmp_path / "nowhere")
   assert "cannot read" in error_of(files_config(tmp_path))
   assert "link.txt" in error_of(files_config(tmp_path / "*.txt"))
+
+
+def test_a_file_that_vanished_is_refused_or_skipped(tmp_path, caplog):
+  """A broken link is one that was there when the folder was listed and cannot be opened."""
+  write(tmp_path, **{"good.txt": "good\n" * 20})
+  (tmp_path / "gone.txt").symlink_to(tmp_path / "nowhere")
+  message = error_of(files_config(tmp_path))
+  assert "gone.txt': No such file" in message
+  assert "data.bad_files='skip' leaves such files out" in message
+  with caplog.at_level("WARNING"):
+    assert names(load_documents(files_config(tmp_path, bad_files="skip")).train) == ["good.txt"]
+  assert any("Skipped: cannot read" in r.getMessage() and "gone.txt" in r.getMessage() for r in caplog.records)
+
+
+def test_empty_files_are_counted_and_one_is_named(tmp_path, caplog):
+  write(tmp_path, **{"good.txt": "good\n" * 20, "a.txt": "", "b.txt": ""})
+  with caplog.at_level("WARNING"):
+    load_documents(files_config(tmp_path))
+  (record,) = caplog.records
+  assert record.getMessage() == f"Left out: 2 empty files below {tmp_path}, such as a.txt"
 
 
 def test_unreadable_file_is_named(tmp_path, monkeypatch):
@@ -214,6 +235,17 @@ def test_tfds_errors_are_one_line_and_name_the_field(prepared, tmp_path):
   assert "train, validation" in unknown_split
   assert "data.tfds_text_key='words'" in error_of(tfds_config(prepared, tfds_text_key="words"))
   assert "is not text but int" in error_of(tfds_config(prepared, tfds_text_key="raw"))
+
+
+def test_tfds_with_a_damaged_file_is_one_line_or_skipped(prepared, tmp_path):
+  copy = shutil.copytree(prepared, tmp_path / "copy")
+  (victim,) = [p for p in copy.rglob("*array_record*") if "train" in p.name]
+  data = victim.read_bytes()
+  victim.write_bytes(data[: len(data) // 2])
+  message = error_of(tfds_config(copy))
+  assert "\n" not in message
+  assert "'tiny_notes': example 0 of 'train' has no content: its file may be damaged" in message
+  assert "holds no text" in error_of(tfds_config(copy, bad_files="skip"))
 
 
 def test_tfds_in_a_format_that_needs_tensorflow_says_so(prepared, tmp_path):
