@@ -201,7 +201,7 @@ class OptimizerConfig:
     clip_norm: global gradient norm is clipped to this; 0 turns it off.
     b1, b2, eps: Adam's. b1 is Muon's momentum too.
     inactive: what happens where a step's gradient is exactly zero, as it is outside the sub-models of the step: `keep`
-      lets momentum and weight decay go on, `freeze` leaves parameters and moments bitwise as they are.
+      lets momentum and weight decay go on (Muon's at full size), `freeze` leaves parameters and moments bitwise alone.
   """
 
   name: Literal["adamw", "muon"] = "adamw"
