@@ -208,7 +208,7 @@ class OptimizerConfig:
     mu_dtype: of the stored first moment, Adam's and Muon's; empty is the parameters' dtype. `bfloat16` saves two bytes
       per parameter; the second moment stays, since bfloat16 would round its small changes away.
     inactive: what happens where a step's gradient is exactly zero, as it is outside the sub-models of the step: `keep`
-      lets momentum and weight decay go on, `freeze` leaves parameters and moments bitwise as they are.
+      lets momentum and weight decay go on (Muon's at full size), `freeze` leaves parameters and moments bitwise alone.
   """
 
   name: Literal["adamw", "muon"] = "adamw"

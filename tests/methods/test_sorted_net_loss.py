@@ -23,6 +23,7 @@ SHARED = Config(depths=(1, 3), d_ff=(8, 24), accum_data="shared", scheme="all")
 DEPTHS = Config(depths=(1, 2, 3), scheme="multi_exit")
 
 
+@functools.cache
 def trained(config, choice, model_config=MODEL):
   """((loss, metrics), gradients) of a step."""
   model = sorted_net.build(model_config, config)
