@@ -12,6 +12,7 @@ from adaptive.methods import parse_config
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file; flags override its fields.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: config, metrics, checkpoints.")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print parameters, sub-models, mesh and memory; train nothing.")
+_CHANGE = flags.DEFINE_bool("change_config", False, "Go on although the workdir holds another config; says how.")
 _PROFILE = flags.DEFINE_string("profile", None, "START:STOP: trace updates START + 1 to STOP into the workdir.")
 
 
@@ -36,7 +37,7 @@ def main(argv: list[str]) -> None:
   if _DRY_RUN.value:
     print(dry_run.describe(run))
   else:
-    loop.train(run, _WORKDIR.value, window)
+    loop.train(run, _WORKDIR.value, window, _CHANGE.value)
 
 
 if __name__ == "__main__":

@@ -50,13 +50,14 @@ class _Session:
   started: float
 
 
-def train(run: Run, workdir: str, profile: tuple[int, int] | None = None) -> None:
+def train(run: Run, workdir: str, profile: tuple[int, int] | None = None, change_config: bool = False) -> None:
   """Trains to the config's last step, from the newest good checkpoint of the workdir if there is one.
 
   SIGTERM or SIGINT ends the run early and well: the step under way is finished and saved.
 
   Args:
     profile: updates to trace, as `profile.parse_window` returns them.
+    change_config: go on where the workdir holds another config (see `open_workdir`).
 
   Raises:
     ConfigError: the workdir holds another config, was trained on other data, is in use, or cannot be written.
@@ -64,7 +65,7 @@ def train(run: Run, workdir: str, profile: tuple[int, int] | None = None) -> Non
   """
   started, settings = time.monotonic(), run.experiment.training
   cluster.agree("configs or data", run.config_json + run.dataset.fingerprint)
-  folder = open_workdir(workdir, run.config_json)
+  folder = open_workdir(workdir, run.config_json, change_config)
   with contextlib.ExitStack() as stack:
     enter = stack.enter_context
     enter(in_use(folder))

@@ -8,6 +8,7 @@ import os
 import pathlib
 import platform
 import socket
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,9 +22,10 @@ VERSIONS_FILE = "versions.json"
 LOCK_FILE = ".lock"
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "adaptive")
 _FIELDS_SHOWN = 3
+_FIXED = ("data.", "seed:", "model.", "method")  # which batch a step reads, and what a checkpoint fits
 
 
-def open_workdir(path: str | os.PathLike, config_json: str) -> pathlib.Path:
+def open_workdir(path: str | os.PathLike, config_json: str, change: bool = False) -> pathlib.Path:
   """Creates the workdir, or makes sure that the existing one belongs to this config.
 
   Only process 0 looks and writes; the others get the path, so a folder that they cannot see is no error.
@@ -31,6 +33,8 @@ def open_workdir(path: str | os.PathLike, config_json: str) -> pathlib.Path:
   Args:
     path: a folder; relative paths are relative to the current directory.
     config_json: the experiment, as `adaptive.config.to_json` writes it.
+    change: go on with this config where it differs from the workdir's, and keep it there. What says which batch a step
+      reads may not be changed.
 
   Returns:
     The folder as an absolute path.
@@ -47,7 +51,9 @@ def open_workdir(path: str | os.PathLike, config_json: str) -> pathlib.Path:
     folder.mkdir(parents=True, exist_ok=True)
     contents = {entry.name for entry in folder.iterdir()}
   if CONFIG_FILE in contents:
-    _check_same(path, load_config(path), json.loads(config_json))
+    _check_same(path, load_config(path), json.loads(config_json), change)
+    if change:
+      write_atomically(folder / CONFIG_FILE, config_json)
   else:
     # Hidden files do not count: a run killed inside write_atomically leaves one, and file managers do too.
     foreign = sorted(name for name in contents if not name.startswith("."))
@@ -168,10 +174,14 @@ def _completed(saved: dict[str, Any]) -> dict[str, Any]:
     return saved  # of a version that differs by more than that: let the differences show
 
 
-def _check_same(path: str | os.PathLike, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
+def _check_same(path: str | os.PathLike, saved: dict[str, Any], wanted: dict[str, Any], change: bool) -> None:
   different = differences(_completed(saved), wanted)
-  if not different:
+  fixed = [difference for difference in different if difference.startswith(_FIXED)]
+  if change and not fixed:
+    for difference in different:
+      print(f"changed: {difference}", file=sys.stderr)
     return
-  shown = "; ".join(different[:_FIELDS_SHOWN])
+  shown = "; ".join((fixed if change else different)[:_FIELDS_SHOWN])
   more = f" (and {len(different) - _FIELDS_SHOWN} more)" if len(different) > _FIELDS_SHOWN else ""
-  raise ConfigError(f"{path} holds another config: {shown}{more}; choose another --workdir")
+  ways = "which cannot be changed within a run" if change else "choose another --workdir, or --change_config"
+  require(not different, f"{path} holds another config: {shown}{more}; {ways}")

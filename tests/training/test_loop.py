@@ -203,7 +203,9 @@ def test_a_run_is_evaluated_on_devices_that_could_not_have_trained_it(data, tmp_
 def test_another_config_or_a_file_is_no_workdir(data, straight, tmp_path):
   _, workdir = straight("dense")
   method, fields = VARIANTS["dense"]
-  with pytest.raises(ConfigError, match="holds another config: seed: 0 -> 1; choose another --workdir"):
+  with pytest.raises(
+    ConfigError, match="holds another config: seed: 0 -> 1; choose another --workdir, or --change_config"
+  ):
     loop.train(tiny_run.assemble(data, method, **fields, seed=1), workdir)
   (tmp_path / "file").write_text("")
   with pytest.raises(ConfigError, match="cannot use .* as workdir"):

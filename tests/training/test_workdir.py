@@ -43,7 +43,10 @@ def test_another_config_is_refused_and_the_fields_named(tmp_path, monkeypatch):
   workdir.open_workdir("runs/x", config())
   with pytest.raises(ConfigError) as caught:
     workdir.open_workdir("runs/x", config(d_model=256))
-  assert str(caught.value) == "runs/x holds another config: model.d_model: 128 -> 256; choose another --workdir"
+  assert (
+    str(caught.value)
+    == "runs/x holds another config: model.d_model: 128 -> 256; choose another --workdir, or --change_config"
+  )
   assert workdir.load_config("runs/x") == CONFIG
 
 
@@ -55,6 +58,30 @@ def test_at_most_three_fields_are_named(tmp_path):
   message = str(caught.value)
   assert "model.d_ff: 384 -> 768; model.d_model: 128 -> 256; model.num_heads: 4 -> 8 (and 1 more);" in message
   assert "\n" not in message
+
+
+def test_a_config_may_be_changed_where_told_and_where_it_can(tmp_path, capfd):
+  saved = {**CONFIG, "training": {"steps": 10}, "data": {"batch_size": 8}}
+  workdir.open_workdir(tmp_path, json.dumps(saved))
+  longer = {**saved, "training": {"steps": 20}}
+  with pytest.raises(ConfigError, match="steps: 10 -> 20; choose another --workdir, or --change_config"):
+    workdir.open_workdir(tmp_path, json.dumps(longer))
+  workdir.open_workdir(tmp_path, json.dumps(longer), change=True)
+  assert "changed: training.steps: 10 -> 20" in capfd.readouterr().err
+  assert workdir.load_config(tmp_path) == longer
+  for fixed in ({"data": {"batch_size": 4}}, {"seed": 1}, {"model": {"d_model": 64}}):
+    with pytest.raises(ConfigError, match=r"holds another config: .*; which cannot be changed within a run"):
+      workdir.open_workdir(tmp_path, json.dumps({**longer, **fixed}), change=True)
+  assert workdir.load_config(tmp_path) == longer
+
+
+def test_a_workdir_in_use_is_refused(tmp_path):
+  """Locks belong to open files, so one process can stand for two."""
+  with workdir.in_use(tmp_path):
+    with pytest.raises(ConfigError, match=r"is in use by another run \(process \d+ on "), workdir.in_use(tmp_path):
+      pass
+  with workdir.in_use(tmp_path):
+    pass
 
 
 def test_foreign_folder_is_left_alone(tmp_path):
