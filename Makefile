@@ -18,10 +18,10 @@ DEMO = $(RUNS)/demo$(if $(STEPS),-$(STEPS))
 SHORT = $(if $(STEPS),--config.training.steps=$(STEPS) --config.training.optimizer.warmup_steps=$$(( $(STEPS) / 6 )))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint bench clean
+.PHONY: help install demo test test-faults lint bench clean
 
 help:  ## Lists the targets.
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
 
 install: $(READY)  ## Creates the environment, with uv where there is one, else with venv and pip.
 
@@ -31,6 +31,9 @@ demo: $(READY)  ## Trains SortedNet on Python's own source code, evaluates every
 
 test: $(READY)  ## Runs the test suite, the slow tests included.
 	"$(BIN)/python" -m pytest
+
+test-faults: $(READY)  ## Kills runs and their processes, and looks whether anything was lost.
+	"$(BIN)/python" -m pytest -m faults -rA tests/faults
 
 lint: $(READY)  ## Checks style, format and the direction of imports.
 	"$(BIN)/ruff" check .
