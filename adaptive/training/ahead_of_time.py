@@ -163,7 +163,9 @@ def describe(report: Report) -> str:
     ("temporaries", gib(r.temporaries)), ("program", gib(r.code)), ("total", gib(r.total)),
   ]  # fmt: skip
   if r.hbm:
-    memory.append(("of a chip's", f"{gib(r.hbm)}, {r.total / r.hbm:.0%}: it {'fits' if r.total <= r.hbm else 'is over'}"))
+    memory.append(
+      ("of a chip's", f"{gib(r.hbm)}, {r.total / r.hbm:.0%}: it {'fits' if r.total <= r.hbm else 'is over'}")
+    )
   flops = (
     f"{r.flops / 1e12:,.1f} TFLOP a step for the full model (3 x forward, analytic), {r.flops / r.devices / 1e12:,.3f} "
     f"a device; XLA counts {r.xla_flops / 1e12:,.3f} a device, with the body of each loop once"
