@@ -124,7 +124,7 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 def gather_shards(x: jax.Array, axes: tuple[str, ...], kept: tuple[str | None, ...]) -> jax.Array:
   """An array whose shards lie as `axes` say, made whole but for the axes that `kept` still names.
 
-  Its gradient goes straight back to the shards. `constrain` alone would ask for a whole gradient on every device.
+  Its gradient goes back to the shards at once, where `constrain` alone would ask for a whole one on every device.
   """
 
   @jax.custom_vjp

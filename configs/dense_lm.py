@@ -1,14 +1,16 @@
 """Dense language models of three common sizes, to be trained on your own text: SmolLM2's shapes (arXiv 2502.02737).
 
-python train.py --config=configs/dense_lm.py:135m --workdir=/mnt/runs/dense_135m --distributed \
-  --config.data.path='/mnt/data/corpus/**/*.txt' --config.data.tokenizer=/mnt/data/tokenizer.json
+python train.py --config=configs/dense_lm.py:135m --workdir=/mnt/share/runs/dense_135m --distributed \
+  --config.data.path='/mnt/share/corpus/**/*.txt' --config.data.tokenizer=/mnt/share/tokenizer.json
 
-Sizes are `135m`, `360m` and `1.7b`; the tokenizer may have up to 49,152 entries. A set prepared with TFDS instead of text
-files: `--config.data.source=tfds --config.data.tfds_name=my_set --config.data.tfds_data_dir=/mnt/data`. 512 rows of
-2,048 tokens are a step of about a million tokens; 20 tokens per parameter are 2,600, 6,900 and 32,600 steps. The mesh
-spreads parameters and optimizer over all devices of a slice; devices beyond that belong to `--config.mesh.data`.
+Sizes are `135m`, `360m` and `1.7b`; the tokenizer may have up to 49,152 entries. A set prepared with TFDS instead of
+text files: `--config.data.source=tfds --config.data.tfds_name=my_set --config.data.tfds_data_dir=/mnt/share/data`.
 
-Nobody has trained these here: what is measured of them is compilation, in docs/ahead_of_time.md.
+512 rows of 2,048 tokens are a step of about a million tokens; 20 tokens per parameter are 2,600, 6,900 and 32,600
+steps. Parameters and optimizer are spread over 16 devices, and copies of that over the rest. On fewer than 256 devices,
+`--config.training.grad_accum` keeps the activations of a step small enough.
+
+Nobody has trained these: what is known of them is what the compiler says, in docs/ahead_of_time.md.
 """
 
 from adaptive import methods

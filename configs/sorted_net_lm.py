@@ -1,11 +1,10 @@
-"""SortedNet (arXiv 2309.00255) at the sizes of `dense_lm.py`, on the same data and batch: 9 to 12 sub-models in one run.
+"""SortedNet (arXiv 2309.00255) at the sizes of `dense_lm.py`, with the same data and batch: 9 or 12 sub-models a run.
 
-  python train.py --config=configs/sorted_net_lm.py:360m --workdir=/mnt/runs/sorted_360m --distributed \
-    --config.data.path='/mnt/data/corpus/**/*.txt' --config.data.tokenizer=/mnt/data/tokenizer.json
+  python train.py --config=configs/sorted_net_lm.py:360m --workdir=/mnt/share/runs/sorted_360m --distributed \
+    --config.data.path='/mnt/share/corpus/**/*.txt' --config.data.tokenizer=/mnt/share/tokenizer.json
 
-The family is every third of the depth and of the feed-forward width from a third up, or thereabouts, by depth x width; a
-step gives each of two sub-models half of the batch. Nobody has trained these here: docs/ahead_of_time.md has what the
-compiler makes of them.
+The family is three or four depths from half of the layers up, each with three feed-forward widths; a step gives each of
+two sub-models half of the batch. Nobody has trained these: docs/ahead_of_time.md has what the compiler makes of them.
 """
 
 import runpy

@@ -39,7 +39,7 @@ def main(argv: list[str]) -> None:
   devices = ahead_of_time.topology_devices(_TOPOLOGY.value, _NUM_SLICES.value)
   try:
     report = ahead_of_time.compile_plan(plan(method, experiment, devices=devices))
-  except ahead_of_time.DoesNotFit as error:
+  except ahead_of_time.DoesNotFitError as error:
     print(f"does not fit: {error}", file=sys.stderr)
     sys.exit(1)
   print(ahead_of_time.describe(report))

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from adaptive.config import ModelConfig
-from adaptive.sharding import constrain, gather_shards
+from adaptive.sharding import gather_shards
 
 
 def param(module: nn.Module, name: str, init, shape: tuple[int, ...], axes: tuple[str, ...]) -> jax.Array:

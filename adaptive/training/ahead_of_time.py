@@ -31,7 +31,7 @@ _LIBTPU = {
 }
 
 
-class DoesNotFit(Exception):
+class DoesNotFitError(Exception):
   """The compiler needs more memory than a chip has. The message is its first line."""
 
 
@@ -116,7 +116,7 @@ def compile_plan(plan: Plan) -> Report:
   """Compiles the training step for the devices of the plan's mesh.
 
   Raises:
-    DoesNotFit: the compiler found that a device's memory does not hold it.
+    DoesNotFitError: the compiler found that a device's memory does not hold it.
   """
   start = time.perf_counter()
   with captured_stderr() as log:
@@ -124,7 +124,7 @@ def compile_plan(plan: Plan) -> Report:
       compiled = dry_run.compile_train_step(plan)
     except jax.errors.JaxRuntimeError as error:
       if "RESOURCE_EXHAUSTED" in str(error):
-        raise DoesNotFit(str(error).splitlines()[0]) from error
+        raise DoesNotFitError(str(error).splitlines()[0]) from error
       raise
   return _report(plan, compiled, complaints(log), time.perf_counter() - start)
 

@@ -12,12 +12,12 @@ from adaptive.training.hlo import Collective
 P = PartitionSpec
 
 
-def found(function, *shapes_and_specs, mesh, out=P()):
+def found(function, *shapes_and_specs, mesh, out=None):
   """{(kind, devices): (count, bytes)} of a function, and its loops of unknown length."""
   arrays = [
     jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, spec)) for shape, spec in shapes_and_specs
   ]
-  compiled = jax.jit(function, out_shardings=NamedSharding(mesh, out)).lower(*arrays).compile()
+  compiled = jax.jit(function, out_shardings=NamedSharding(mesh, out or P())).lower(*arrays).compile()
   result = hlo.collectives(compiled.as_text())
   return {(c.kind, c.devices): (t.count, t.bytes) for c, t in result.totals.items()}, result.unknown_loops
 
