@@ -19,8 +19,9 @@ from adaptive.config import ConfigError, require
 from adaptive.training import dry_run, hlo
 from adaptive.training.run import Plan
 
-# What Google's pages on each version say that a chip has, by the name that the compiler gives it. One device is a chip.
-HBM_GIB = {"TPU v4": 32, "TPU v5 lite": 16, "TPU v5": 95, "TPU v6 lite": 32}
+# Memory of a device, by the name that the compiler gives it: what Google's pages on each version say that a chip has, and
+# half of it for v4, whose topologies have two devices a chip.
+HBM_GIB = {"TPU v4": 16, "TPU v5 lite": 16, "TPU v5": 95, "TPU v6 lite": 32}
 
 # libtpu reads these when it is loaded. Without the last two, what the partitioner complains of goes to a file.
 _LIBTPU = {
@@ -32,7 +33,7 @@ _LIBTPU = {
 
 
 class DoesNotFitError(Exception):
-  """The compiler needs more memory than a chip has. The message is its first line."""
+  """A device has less memory than the step needs. The message is the compiler's first line."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Report:
     arguments, outputs, aliased, temporaries, code: the compiler's account of memory. `aliased` outputs lie where the
       arguments did, so that `total` leaves them out.
     state: the train state's part of the arguments.
-    hbm: memory of a chip; 0 if this file does not know the chip.
+    hbm: what a device has; 0 if this file does not know it.
     flops: of a step of the full model over all devices, analytic: 3 times the forward pass, recomputation left out.
     xla_flops: the compiler's count on one device, which sees the body of a loop once.
     complaints: the partitioner's warnings that it had to replicate an array to move it between two shardings.
@@ -164,7 +165,7 @@ def describe(report: Report) -> str:
   ]  # fmt: skip
   if r.hbm:
     memory.append(
-      ("of a chip's", f"{gib(r.hbm)}, {r.total / r.hbm:.0%}: it {'fits' if r.total <= r.hbm else 'is over'}")
+      ("of a device's", f"{gib(r.hbm)}, {r.total / r.hbm:.0%}: it {'fits' if r.total <= r.hbm else 'is over'}")
     )
   flops = (
     f"{r.flops / 1e12:,.1f} TFLOP a step for the full model (3 x forward, analytic), {r.flops / r.devices / 1e12:,.3f} "
