@@ -19,7 +19,7 @@ from adaptive.config import ConfigError, require
 from adaptive.training import dry_run, hlo
 from adaptive.training.run import Plan
 
-# Memory of a device, by the name that the compiler gives it: what Google's pages on each version say that a chip has, and
+# GiB of a device, by the name that the compiler gives it: what Google's pages on each version say that a chip has, and
 # half of it for v4, whose topologies have two devices a chip.
 HBM_GIB = {"TPU v4": 16, "TPU v5 lite": 16, "TPU v5": 95, "TPU v6 lite": 32}
 
