@@ -121,20 +121,6 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
   return nn.with_logical_constraint(x, axes, rules=RULES)
 
 
-def gather_shards(x: jax.Array, axes: tuple[str, ...], kept: tuple[str | None, ...]) -> jax.Array:
-  """An array whose shards lie as `axes` say, made whole but for the axes that `kept` still names.
-
-  Its gradient goes back to the shards at once, where `constrain` alone would ask for a whole one on every device.
-  """
-
-  @jax.custom_vjp
-  def gather(x):
-    return constrain(x, *kept)
-
-  gather.defvjp(lambda x: (gather(x), None), lambda _, gradient: (constrain(gradient, *axes),))
-  return gather(x)
-
-
 def split_rows(batch: PyTree, parts: int) -> PyTree:
   """[b, ...] arrays -> [parts, b / parts, ...]; row i goes to part i % parts, so that rows stay on their devices."""
   return jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0), batch)

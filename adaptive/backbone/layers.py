@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from adaptive.config import ModelConfig
-from adaptive.sharding import gather_shards
+from adaptive.sharding import constrain
 
 
 def param(module: nn.Module, name: str, init, shape: tuple[int, ...], axes: tuple[str, ...]) -> jax.Array:
@@ -79,7 +79,7 @@ class Embedding(nn.Module):
   def encode(self, tokens: jax.Array) -> jax.Array:
     """[b, t] ids -> [b, t, d]."""
     # Gather the fsdp shards of the rows first: the partitioner would otherwise replicate the looked-up activations.
-    return gather_shards(self.table, ("vocab", "embed"), ("vocab", None))[tokens]
+    return constrain(self.table, "vocab", None)[tokens]
 
   def decode(self, x: jax.Array) -> jax.Array:
     """[b, t, d] -> float32 logits [b, t, v]."""

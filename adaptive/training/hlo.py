@@ -185,7 +185,7 @@ def _group_size(rest: str) -> int:
     return found[1].count(",") + 1
   if found := re.search(r"replica_groups=\[\d+,(\d+)\]<=", rest):
     return int(found[1])
-  if found := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", rest):
+  if found := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", rest):
     sizes = dict(re.findall(r"'([^']+)'=(\d+)", found[1]))
     return math.prod(int(sizes[axis]) for axis in re.findall(r"'([^']+)'", found[2]))
   return 0
