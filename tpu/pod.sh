@@ -58,11 +58,11 @@ train_flags() {
   [[ " ${TRAIN_FLAGS[*]} " == *" --workdir=$MOUNT/"* ]] || fail "--workdir=$MOUNT/... is missing after --"
 }
 
-# on_workers command: runs a command on every worker of every slice, one slice after the other.
+# on_workers command: runs a command on every worker of every slice, one slice after the other, until one fails.
 on_workers() {
   local node
   for node in "${NODES[@]}"; do
-    run gcloud compute tpus tpu-vm ssh "$node" "${PLACE[@]}" --worker=all --quiet --command="$1"
+    run gcloud compute tpus tpu-vm ssh "$node" "${PLACE[@]}" --worker=all --quiet --command="$1" || return
   done
 }
 

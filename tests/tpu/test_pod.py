@@ -120,6 +120,13 @@ def test_watch_does_nothing_while_it_cannot_ask(tmp_path):
   assert "run: unreachable" in done.stderr
 
 
+def test_a_slice_that_does_not_answer_is_not_finished(tmp_path):
+  extra = folder_with_gcloud(tmp_path, chips=["ACTIVE"], run=["fail:ssh: timed out", "exited"])
+  done = pod("watch", *FLAGS, folder=tmp_path, SLICES="2", **SETTINGS, **extra)
+  assert done.returncode == 0
+  assert [line.split("run: ")[1] for line in done.stderr.splitlines() if "run: " in line] == ["unreachable", "exited"]
+
+
 def test_watch_gives_up_on_a_run_that_fails_again_and_again(tmp_path):
   extra = folder_with_gcloud(tmp_path, chips=["ACTIVE"], run=["running failed", "failed failed"])
   done = pod("watch", *FLAGS, folder=tmp_path, LAUNCHES="2", **SETTINGS, **extra)
