@@ -80,16 +80,17 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
   devices = jax.devices() if devices is None else devices
   shape = mesh_shape(config, len(devices))
   slices = len({getattr(device, "slice_index", None) or 0 for device in devices})
-  kinds = (AxisType.Auto,) * len(AXES)
-  if slices == 1:
-    return jax.make_mesh(shape, AXES, axis_types=kinds, devices=devices)
   require(
     shape[0] % slices == 0,
     f"mesh.data={shape[0]} must be a multiple of the {slices} slices: mesh.fsdp and mesh.tensor stay within one",
   )
-  within, across = (shape[0] // slices, *shape[1:]), (slices, 1, 1)
-  grid = mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
-  return Mesh(grid, AXES, axis_types=kinds)
+  # Chips form a torus; an axis of the mesh may need a part of one of its axes, as 4 x 16 does on 8 x 8 chips.
+  if slices == 1:
+    grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+  else:
+    within, across = (shape[0] // slices, *shape[1:]), (slices, 1, 1)
+    grid = mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
+  return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def check_divisible(mesh: Mesh, *, batch: int, vocab: int, embed: int, kv_heads: int, mlp_groups: int) -> None:

@@ -19,9 +19,8 @@ from adaptive.config import ConfigError, require
 from adaptive.training import dry_run, hlo
 from adaptive.training.run import Plan
 
-# GiB of a device, by the name that the compiler gives it: what Google's pages on each version say that a chip has, and
-# half of it for v4, whose topologies have two devices a chip.
-HBM_GIB = {"TPU v4": 16, "TPU v5 lite": 16, "TPU v5": 95, "TPU v6 lite": 32}
+# GiB of a device, by the name that the compiler gives it: what Google's pages on each version say that a chip has.
+HBM_GIB = {"TPU v5 lite": 16, "TPU v5": 95, "TPU v6 lite": 32}
 
 # libtpu reads these when it is loaded. Without the last two, what the partitioner complains of goes to a file.
 _LIBTPU = {

@@ -89,6 +89,28 @@ def test_the_tpu_partitioners_complaints_are_caught():
   assert done.stdout.startswith("Involuntary full rematerialization")
 
 
+SLICES = """
+from adaptive import sharding
+from adaptive.config import MeshConfig
+from adaptive.training import ahead_of_time
+
+mesh = sharding.make_mesh(MeshConfig(fsdp=4), ahead_of_time.topology_devices("v5e:2x2", num_slices=2))
+print(dict(mesh.shape), [sorted({device.slice_index for device in row.flat}) for row in mesh.devices])
+for name in ("v5e:16x16", "v6e:8x8", "v5p:2x2x4"):
+  print(name, dict(sharding.make_mesh(MeshConfig(fsdp=16), ahead_of_time.topology_devices(name)).shape))
+"""
+
+
+@needs_libtpu
+def test_meshes_of_slices_and_of_tori_that_they_cut():
+  assert program("-c", SLICES).stdout.splitlines() == [
+    "{'data': 2, 'fsdp': 4, 'tensor': 1} [[0], [1]]",
+    "v5e:16x16 {'data': 16, 'fsdp': 16, 'tensor': 1}",
+    "v6e:8x8 {'data': 4, 'fsdp': 16, 'tensor': 1}",
+    "v5p:2x2x4 {'data': 1, 'fsdp': 16, 'tensor': 1}",
+  ]
+
+
 @needs_libtpu
 @pytest.mark.parametrize(("arguments", "message"), [
   (["--topology=v9:2x4"], "error: topology 'v9:2x4': "),
