@@ -76,7 +76,7 @@ def markdown(folder: pathlib.Path) -> str:
 
 
 def row(head: str, report: dict) -> str:
-  """One line of the table; memory in GiB and collectives in GB of one device."""
+  """One line; memory in GiB and collectives in GB of one device, with a + where loops were counted once."""
   if "does_not_fit" in report:
     return f"| {head} | {report['does_not_fit']} |" + " |" * 9
   memory = [f"{report[name] / 2**30:.2f}" for name in ("state", "temporaries", "total")]
@@ -87,6 +87,7 @@ def row(head: str, report: dict) -> str:
     *memory, f"{report['total'] / report['hbm']:.0%}", f"{report['flops'] / report['devices'] / 1e12:.1f}",
     *(f"{size / 1e9:.2f}" for size in sent.values()), str(len(report["complaints"])),
   ]  # fmt: skip
+  cells[8] += "+" if report["unknown_loops"] else ""
   return f"| {head} | " + " | ".join(cells) + " |"
 
 
