@@ -7,12 +7,14 @@ device.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from adaptive.config import MeshConfig, require
@@ -66,11 +68,29 @@ def mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, int, int]:
   return tuple(sizes)
 
 
-def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
-  """The project's one mesh constructor: automatic axes, on which Linen's partition metadata works."""
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+  """The project's one mesh constructor: automatic axes, on which Linen's partition metadata works.
+
+  Several TPU slices lie along the data axis, outermost: between slices there is only the slow network of the data
+  center, and gradients are all that the data axis sends.
+
+  Raises:
+    ConfigError: the devices cannot form the mesh.
+  """
   devices = jax.devices() if devices is None else devices
   shape = mesh_shape(config, len(devices))
-  return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+  slices = len({getattr(device, "slice_index", None) or 0 for device in devices})
+  require(
+    shape[0] % slices == 0,
+    f"mesh.data={shape[0]} must be a multiple of the {slices} slices: mesh.fsdp and mesh.tensor stay within one",
+  )
+  # Chips form a torus; an axis of the mesh may need a part of one of its axes, as 4 x 16 does on 8 x 8 chips.
+  if slices == 1:
+    grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+  else:
+    within, across = (shape[0] // slices, *shape[1:]), (slices, 1, 1)
+    grid = mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
+  return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def check_divisible(mesh: Mesh, *, batch: int, vocab: int, embed: int, kv_heads: int, mlp_groups: int) -> None:

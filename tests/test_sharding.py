@@ -32,6 +32,40 @@ def test_an_impossible_mesh_is_refused_in_one_line(sizes, message):
   assert "\n" not in str(error.value)
 
 
+class Chip:
+  """Of a TPU's device, what ordering devices asks for."""
+
+  platform, device_kind, process_index = "tpu", "TPU v4", 0
+
+  def __init__(self, number: int, slice_index: int):
+    self.id, self.slice_index = number, slice_index
+    self.coords, self.core_on_chip = (number % 2, number // 2 % 2, 0), 0
+
+  def __repr__(self):
+    return f"chip {self.id} of slice {self.slice_index}"
+
+
+# Handed over in an order that mixes the slices, as nothing promises another one.
+TWO_SLICES = [Chip(i, i % 8 // 4) for i in (0, 4, 1, 5, 2, 6, 3, 7)]
+
+
+@pytest.mark.parametrize(("sizes", "shape"), [
+  ((-1, 1, 1), (8, 1, 1)), ((2, 4, 1), (2, 4, 1)), ((4, 2, 1), (4, 2, 1)), ((-1, 1, 2), (4, 1, 2)),
+])  # fmt: skip
+def test_slices_lie_along_the_data_axis_outermost(sizes, shape):
+  mesh = sharding.make_mesh(MeshConfig(*sizes), TWO_SLICES)
+  assert mesh.devices.shape == shape
+  assert mesh.axis_types == (jax.sharding.AxisType.Auto,) * 3
+  for index, half in enumerate(np.split(mesh.devices, 2)):
+    assert {chip.slice_index for chip in half.flat} == {index}
+  assert {chip.id for chip in mesh.devices.flat} == set(range(8))
+
+
+def test_parameters_are_not_spread_over_slices():
+  with pytest.raises(ConfigError, match=r"mesh\.data=1 must be a multiple of the 2 slices"):
+    sharding.make_mesh(MeshConfig(data=1, fsdp=8), TWO_SLICES)
+
+
 def test_sizes_that_cannot_be_spread_are_refused():
   mesh, sizes = tiny.mesh(2, 2, 2), dict(batch=4, vocab=2, embed=2, kv_heads=2, mlp_groups=2)
   sharding.check_divisible(mesh, **sizes)

@@ -7,7 +7,7 @@ import numpy as np
 
 from adaptive import sharding
 from adaptive.training import state as states
-from adaptive.training.run import Run
+from adaptive.training.run import Plan, Run
 from adaptive.training.step import compile_step
 
 MAX_SUBMODELS = 24
@@ -26,7 +26,7 @@ def _parameters(run: Run) -> str:
     name = jax.tree_util.keystr(path, simple=True, separator="/")
     rows.append((name, str(list(leaf.shape)), f"{leaf.size:,}", ", ".join(map(str, leaf.sharding.spec)) or "-"))
   total = sum(leaf.size for leaf in jax.tree.leaves(params))
-  return _table(rows) + f"\n{total:,} parameters in {run.experiment.model.param_dtype}"
+  return table(rows) + f"\n{total:,} parameters in {run.experiment.model.param_dtype}"
 
 
 def _submodels(run: Run) -> str:
@@ -43,7 +43,7 @@ def _submodels(run: Run) -> str:
       f"{c.flops_per_token / full:.3f}", f"{c.kv_bytes_per_token:,}",
     ))  # fmt: skip
   left_out = f"\n({len(order) - len(shown)} of {len(order)} in between not shown)" if len(shown) < len(order) else ""
-  return _table(rows) + left_out
+  return table(rows) + left_out
 
 
 def _mesh(run: Run) -> str:
@@ -57,24 +57,35 @@ def _mesh(run: Run) -> str:
 
 def _memory(run: Run) -> str:
   """What the compiler says that one device needs for a training step."""
-  e, where = run.experiment, sharding.batch_sharding(run.mesh)
-  state = states.abstract(run.model, run.optimizer, run.mesh)
-  rows = jax.ShapeDtypeStruct((e.data.batch_size, e.data.seq_len), np.int32, sharding=where)
-  batch = dict.fromkeys(("inputs", "targets", "segment_ids", "positions"), rows)
-  choice = run.method.sample(run.model, e.seed, 0)
-  step = compile_step(run.method, run.model, run.optimizer, run.mesh, e.seed, e.training.grad_accum)
-  with jax.set_mesh(run.mesh):
-    choice = choice if run.method.static_choice(run.model) else np.asarray(choice, np.int32)
-    memory = step.lower(state, batch, choice).compile().memory_analysis()
-  held = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(state))
-  lines = [f"memory of one device: state {held / 2**20:,.1f} MiB"]
+  memory = compile_train_step(run).memory_analysis()
+  lines = [f"memory of one device: state {state_bytes(run) / 2**20:,.1f} MiB"]
   if memory is not None:
     lines.append(f"activations and other temporaries of a step {memory.temp_size_in_bytes / 2**20:,.1f} MiB")
     lines.append(f"state updated in place {memory.alias_size_in_bytes / 2**20:,.1f} MiB")
   return ", ".join(lines)
 
 
-def _table(rows: list[tuple[str, ...]]) -> str:
+def state_bytes(plan: Plan) -> int:
+  """Bytes of the train state that lie on one device."""
+  state = states.abstract(plan.model, plan.optimizer, plan.mesh)
+  return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(state))
+
+
+def compile_train_step(plan: Plan) -> jax.stages.Compiled:
+  """The training step of a plan's first choice of sub-models, from shapes alone."""
+  e, where = plan.experiment, sharding.batch_sharding(plan.mesh)
+  state = states.abstract(plan.model, plan.optimizer, plan.mesh)
+  rows = jax.ShapeDtypeStruct((e.data.batch_size, e.data.seq_len), np.int32, sharding=where)
+  batch = dict.fromkeys(("inputs", "targets", "segment_ids", "positions"), rows)
+  choice = plan.method.sample(plan.model, e.seed, 0)
+  choice = choice if plan.method.static_choice(plan.model) else np.asarray(choice, np.int32)
+  step = compile_step(plan.method, plan.model, plan.optimizer, plan.mesh, e.seed, e.training.grad_accum)
+  with jax.set_mesh(plan.mesh):
+    return step.lower(state, batch, choice).compile()
+
+
+def table(rows: list[tuple[str, ...]]) -> str:
+  """Rows as lines of aligned columns, the first flush left."""
   widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
   return "\n".join(
     "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:]))]) for row in rows

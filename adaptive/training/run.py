@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+from collections.abc import Sequence
 
 import flax.linen as nn
 import jax
@@ -24,15 +25,14 @@ CHECKPOINTS = "checkpoints"
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
-  """What training and evaluation share: nothing here depends on a step."""
+class Plan:
+  """A run without its data: all that the training step is compiled from."""
 
   experiment: Experiment
   method: Method
   model: nn.Module
   optimizer: optax.GradientTransformation
   mesh: Mesh
-  dataset: Dataset
 
   @property
   def method_name(self) -> str:
@@ -43,39 +43,59 @@ class Run:
     return configs.to_json(self.experiment, self.method_name)
 
 
-def assemble(method: Method, experiment: Experiment, training: bool = True) -> Run:
-  """Builds model, optimizer and mesh and loads the data.
+@dataclasses.dataclass(frozen=True)
+class Run(Plan):
+  """What training and evaluation share: nothing here depends on a step."""
+
+  dataset: Dataset
+
+
+def plan(
+  method: Method, experiment: Experiment, training: bool = True, devices: Sequence[jax.Device] | None = None
+) -> Plan:
+  """Builds model, optimizer and mesh; reads no data and allocates nothing.
 
   Args:
     training: whether the devices have to share the training batches too.
+    devices: of the mesh, those of this process by default. They may be a topology's, which nobody has to own.
 
   Raises:
-    ConfigError: the first thing that cannot work, from shapes to data.
+    ConfigError: the first setting that cannot work.
   """
-  e = experiment
+  e, devices = experiment, jax.devices() if devices is None else devices
   require(0 <= e.seed < 2**32, f"seed={e.seed} must lie in 0 .. {2**32 - 1}")
   require(
-    e.model.attention != "cudnn" or (jax.default_backend() == "gpu" and e.model.dtype == "bfloat16"),
-    f"model.attention='cudnn' needs a GPU and model.dtype='bfloat16', not {jax.default_backend()} and {e.model.dtype}",
+    e.model.attention != "cudnn" or (devices[0].platform == "gpu" and e.model.dtype == "bfloat16"),
+    f"model.attention='cudnn' needs a GPU and model.dtype='bfloat16', not {devices[0].platform} and {e.model.dtype}",
   )
   model = method.build(e.model, e.method)
-  mesh = sharding.make_mesh(e.mesh)
+  mesh = sharding.make_mesh(e.mesh, devices)
   m = e.model
   sizes = dict(vocab=m.vocab_size, embed=m.d_model, kv_heads=m.num_kv_heads, mlp_groups=m.ff_groups)
-  devices = sharding.batch_parts(mesh)
+  rows_over = sharding.batch_parts(mesh)
   require(
-    e.evaluation.batch_size % devices == 0,
-    f"evaluation.batch_size={e.evaluation.batch_size} is not divisible by {devices} data-parallel devices",
+    e.evaluation.batch_size % rows_over == 0,
+    f"evaluation.batch_size={e.evaluation.batch_size} is not divisible by {rows_over} data-parallel devices",
   )
   sharding.check_divisible(mesh, batch=e.evaluation.batch_size, **sizes)
   parts = e.training.grad_accum * method.batch_parts(model)
   require(
-    not training or e.data.batch_size % (parts * devices) == 0,
-    f"data.batch_size={e.data.batch_size} must be a multiple of {parts * devices}: {parts} micro-batches (training."
-    f"grad_accum x sub-models that split a batch) on {devices} data-parallel devices",
+    not training or e.data.batch_size % (parts * rows_over) == 0,
+    f"data.batch_size={e.data.batch_size} must be a multiple of {parts * rows_over}: {parts} micro-batches (training."
+    f"grad_accum x sub-models that split a batch) on {rows_over} data-parallel devices",
   )
-  optimizer = make_optimizer(e.training.optimizer, e.training.steps)
-  return Run(e, method, model, optimizer, mesh, load_data(e.data, e.model.vocab_size))
+  return Plan(e, method, model, make_optimizer(e.training.optimizer, e.training.steps), mesh)
+
+
+def assemble(method: Method, experiment: Experiment, training: bool = True) -> Run:
+  """The plan of a run on this process's devices, with its data loaded.
+
+  Raises:
+    ConfigError: the first thing that cannot work, from shapes to data.
+  """
+  planned = plan(method, experiment, training)
+  dataset = load_data(experiment.data, experiment.model.vocab_size)
+  return Run(experiment, method, planned.model, planned.optimizer, planned.mesh, dataset)
 
 
 def load_run(workdir: str, **overrides) -> Run:
