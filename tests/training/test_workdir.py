@@ -77,9 +77,9 @@ def test_a_config_may_be_changed_where_told_and_where_it_can(tmp_path, capfd):
 
 def test_a_workdir_in_use_is_refused(tmp_path):
   """Locks belong to open files, so one process can stand for two."""
-  with workdir.in_use(tmp_path):
-    with pytest.raises(ConfigError, match=r"is in use by another run \(process \d+ on "), workdir.in_use(tmp_path):
-      pass
+  refused = pytest.raises(ConfigError, match=r"is in use by another run \(process \d+ on ")
+  with workdir.in_use(tmp_path), refused, workdir.in_use(tmp_path):
+    pass
   with workdir.in_use(tmp_path):
     pass
 
