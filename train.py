@@ -32,7 +32,7 @@ def main(argv: list[str]) -> None:
 
   window = parse_window(_PROFILE.value, experiment.training.steps) if _PROFILE.value is not None else None
   if _WORKDIR.value:
-    cli.use_compilation_cache(_WORKDIR.value)
+    cli.use_compilation_cache(_WORKDIR.value, experiment.training.compilation_cache)
   run = assemble(method, experiment)
   if _DRY_RUN.value:
     print(dry_run.describe(run))

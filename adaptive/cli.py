@@ -134,8 +134,9 @@ def _unknown_field(argv: list[str], config: Any) -> str | None:
   return None
 
 
-def use_compilation_cache(workdir: str) -> None:
-  """Keeps compiled programs beside the workdir, unless JAX_COMPILATION_CACHE_DIR names a place."""
+def use_compilation_cache(workdir: str, chosen: str = "") -> None:
+  """Keeps compiled programs in the chosen folder, or beside the workdir, unless JAX_COMPILATION_CACHE_DIR names one."""
   if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-    jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(workdir).absolute().parent / ".compilation_cache"))
+    folder = chosen or pathlib.Path(workdir).absolute().parent / ".compilation_cache"
+    jax.config.update("jax_compilation_cache_dir", str(folder))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

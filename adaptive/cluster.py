@@ -77,6 +77,11 @@ def _check(coordinator: str | None, num_processes: int | None, process_id: int |
   if coordinator is not None:
     host, colon, port = coordinator.rpartition(":")
     require(bool(host and colon and port.isdecimal()), f"coordinator address {coordinator!r} must be host:port")
+    nodes = os.environ.get("SLURM_NNODES", "1")
+    require(
+      nodes == "1" or host.strip("[]") not in ("localhost", "127.0.0.1", "::1"),
+      f"coordinator address {coordinator!r} means itself to each of the {nodes} nodes; give the name of the first",
+    )
   if num_processes is None or process_id is None:
     return
   require(num_processes > 0, f"the number of processes is {num_processes}; it must be at least 1")
@@ -108,6 +113,12 @@ def agree(what: str, text: str) -> None:
   require(
     not len(different), f"the processes have different {what}: that of process {list(different)} is not process 0's"
   )
+
+
+def wait(name: str) -> None:
+  """Until all processes came to this call."""
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(name)
 
 
 def leave(error: Exception) -> NoReturn:

@@ -273,6 +273,7 @@ class TrainingConfig:
     keep_best: name of a validation metric, such as `validation/loss`; the checkpoint with its best value is kept too
       (the highest of an accuracy, the lowest of anything else). Empty: none.
     guard: what happens when a loss or gradient is not finite.
+    compilation_cache: folder for compiled programs; empty: `.compilation_cache` beside the workdir.
     tensorboard, wandb: further metric writers beside `metrics.jsonl`; wandb takes the project's name.
   """
 
@@ -285,6 +286,7 @@ class TrainingConfig:
   keep_checkpoints: int = 2
   keep_best: str = ""
   guard: GuardConfig = GuardConfig()
+  compilation_cache: str = ""
   tensorboard: bool = False
   wandb: str = ""
 
@@ -343,7 +345,8 @@ class Experiment:
 # Fields that may differ between a workdir's saved config and the command that resumes it: none changes what is learned.
 _FREE_ON_RESUME = (
   "evaluation", "mesh", "training.eval_every", "training.checkpoint_every", "training.log_every",
-  "training.keep_checkpoints", "training.keep_best", "training.tensorboard", "training.wandb",
+  "training.keep_checkpoints", "training.keep_best", "training.compilation_cache", "training.tensorboard",
+  "training.wandb",
 )  # fmt: skip
 
 

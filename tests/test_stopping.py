@@ -109,7 +109,7 @@ def test_a_damaged_newest_checkpoint_is_gone_around(place, tmp_path):
   data[len(data) // 3] ^= 4
   victim.write_bytes(data)
   evaluated = place.run("eval.py", f"--workdir={tmp_path}", "--nolatency")
-  assert f"warning: checkpoint {newest} is damaged: {victim.relative_to(newest)} does not hold" in evaluated.stderr
+  assert f"warning: checkpoint {newest} is not used: {victim.relative_to(newest)} does not hold" in evaluated.stderr
   assert "30 steps" in (tmp_path / "pareto.json").read_text()
   done = place.run(*train(place, tmp_path, *short))
   assert "set aside as 40.damaged" in done.stderr

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import hashlib
 from collections.abc import Iterator
 
 import grain
@@ -21,18 +22,28 @@ _VALIDATION_SEED = 0
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-  """Both splits, ready to be indexed; `description` and `fingerprint` are the corpus's (see `sources.Corpus`)."""
+  """Both splits, ready to be indexed; `description` and `fingerprint` are the corpus's (see `sources.Corpus`).
+
+  `tokens_fingerprint`, 16 hex digits, is of the tokens, which another tokenizer under the same name changes.
+  """
 
   train: PackedRows
   validation: PackedRows
   tokenizer: tokenizers.Tokenizer
   description: str
   fingerprint: str
+  tokens_fingerprint: str
 
   def position(self, batch: int, batch_size: int) -> dict[str, int | str]:
     """What a checkpoint says of the data: which they are, and where in them the next batch begins."""
     epoch, row = divmod(batch * batch_size, len(self.train))
-    return {"fingerprint": self.fingerprint, "batch": batch, "epoch": epoch, "row_of_epoch": row}
+    return {
+      "fingerprint": self.fingerprint,
+      "tokens": self.tokens_fingerprint,
+      "batch": batch,
+      "epoch": epoch,
+      "row_of_epoch": row,
+    }
 
 
 def load(config: DataConfig, vocab_size: int) -> Dataset:
@@ -61,7 +72,9 @@ def load(config: DataConfig, vocab_size: int) -> Dataset:
     f"{config.seq_len} tokens ({corpus.description})",
   )
   validation = packing.pack(corpus.validation, tokenizer, config.seq_len)
-  return Dataset(train, validation, tokenizer, corpus.description, corpus.fingerprint)
+  digest = hashlib.sha256(train.tokens)
+  digest.update(validation.tokens)
+  return Dataset(train, validation, tokenizer, corpus.description, corpus.fingerprint, digest.hexdigest()[:16])
 
 
 def batch_indices(num_rows: int, batch_size: int, seed: int, step: int) -> np.ndarray:

@@ -9,6 +9,7 @@ done here.
 """
 
 import contextlib
+import itertools
 import json
 import logging
 import os
@@ -23,6 +24,7 @@ import orbax.checkpoint as ocp
 from absl import logging as absl_logging
 from jax.experimental import multihost_utils
 
+from adaptive import cluster
 from adaptive.config import ConfigError
 from adaptive.training import manifest
 
@@ -52,7 +54,7 @@ class Checkpointer:
     keep_best: name of a metric; the step with the best value of it stays too (see `better`).
 
   Raises:
-    CheckpointError: the folder cannot be created.
+    CheckpointError: the folder cannot be created, or holds damaged checkpoints only.
   """
 
   def __init__(self, folder: str | os.PathLike, keep: int | None, keep_best: str = ""):
@@ -185,20 +187,29 @@ class Checkpointer:
     """Renames what is newer than the newest good checkpoint: the run will come to those steps again.
 
     Nothing is deleted: a checkpoint whose manifest alone was lost may be all that a user has.
+
+    Raises:
+      CheckpointError: none is good and one is damaged, so that the run would begin anew over what can be mended.
     """
-    names = [path.name for path in self.folder.iterdir()] if self.folder.is_dir() else []
-    for step in sorted((int(name) for name in names if name.isdecimal()), reverse=True):
+    steps = [int(path.name) for path in self.folder.glob("*") if path.name.isdecimal()]
+    for step in sorted(steps, reverse=True):
       found = self._problem(step)
       if found is None:
-        break
+        return
       if jax.process_index() == 0:
-        path = self._path(step)
-        aside = next(p for i in range(len(names) + 1) if not (p := self.folder / f"{step}.damaged{i or ''}").exists())
-        _report(path, f"{found}; set aside as {aside.name}")
-        with _one_line(f"cannot rename {path}"):
-          path.rename(aside)
-    if jax.process_count() > 1:
-      multihost_utils.sync_global_devices("damaged checkpoints are set aside")
+        self._rename(step, found)
+    cluster.wait("damaged checkpoints are set aside")
+    if any(self.folder.glob("*.damaged*")):
+      raise CheckpointError(
+        f"no checkpoint in {self.folder} is good and at least one is damaged; mend it, or choose another --workdir"
+      )
+
+  def _rename(self, step: int, found: str) -> None:
+    path, kind = self._path(step), "damaged" if manifest.is_there(self._path(step)) else "unfinished"
+    aside = next(p for i in itertools.count() if not (p := self.folder / f"{step}.{kind}{i or ''}").exists())
+    _report(path, f"{found}; set aside as {aside.name}")
+    with _one_line(f"cannot rename {path}"):
+      path.rename(aside)
 
   def _problem(self, step: int) -> str | None:
     """`manifest.problem` of a checkpoint, with the reading shared among the processes; the same on all of them."""
@@ -254,7 +265,7 @@ class _NewestAndBest:
 
 
 def _report(path: pathlib.Path, found: str) -> None:
-  print(f"warning: checkpoint {path} is damaged: {found}", file=sys.stderr, flush=True)
+  print(f"warning: checkpoint {path} is not used: {found}", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

@@ -64,7 +64,7 @@ def train(run: Run, workdir: str, profile: tuple[int, int] | None = None, change
     RunStopped: an update was bad, and the config says to stop then.
   """
   started, settings = time.monotonic(), run.experiment.training
-  cluster.agree("configs or data", run.config_json + run.dataset.fingerprint)
+  cluster.agree("configs or data", run.config_json + run.dataset.fingerprint + run.dataset.tokens_fingerprint)
   folder = open_workdir(workdir, run.config_json, change_config)
   with contextlib.ExitStack() as stack:
     enter = stack.enter_context
@@ -104,6 +104,11 @@ def _newest(run: Run, workdir: str, checkpointer: Checkpointer) -> Position:
     return Position()
   metadata = checkpointer.metadata(step)
   require("extracted_from" not in metadata, f"{workdir} holds an extracted sub-model, which has no optimizer state")
+  require(
+    metadata["data"]["tokens"] == run.dataset.tokens_fingerprint
+    or metadata["data"]["fingerprint"] != run.dataset.fingerprint,
+    f"{workdir} was trained on the same text as other tokens; its tokenizer has changed",
+  )
   require(
     metadata["data"]["fingerprint"] == run.dataset.fingerprint,
     f"{workdir} was trained on other data: its fingerprint is {metadata['data']['fingerprint']}, that of "

@@ -25,6 +25,11 @@ def write(folder: pathlib.Path) -> None:
   write_atomically(folder / MANIFEST, json.dumps(found, indent=1) + "\n")
 
 
+def is_there(folder: pathlib.Path) -> bool:
+  """Whether the folder was finished: it has a manifest."""
+  return (folder / MANIFEST).exists()
+
+
 def problem(folder: pathlib.Path, part: int = 0, parts: int = 1) -> str | None:
   """What is wrong with the folder, with the file named; None when every file is as it was written.
 

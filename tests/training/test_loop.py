@@ -190,6 +190,29 @@ def test_other_data_under_the_same_name_is_refused(straight, tmp_path):
   assert (workdir / "metrics.jsonl").read_bytes() == before
 
 
+def test_the_same_text_as_other_tokens_is_refused(straight):
+  """Another tokenizer under the same name."""
+  run, workdir = straight("dense")
+  other = dataclasses.replace(run, dataset=dataclasses.replace(run.dataset, tokens_fingerprint="0"))
+  with pytest.raises(ConfigError, match="was trained on the same text as other tokens; its tokenizer has changed"):
+    loop.train(other, workdir)
+
+
+def test_a_checkpoint_says_what_it_is_of(straight):
+  run, workdir = straight("switch")
+  with loop.Checkpointer(workdir / "checkpoints", keep=None) as checkpoints:
+    metadata = checkpoints.metadata(STEPS)
+  assert metadata["step"] == STEPS
+  epoch, row = divmod(STEPS * 16, len(run.dataset.train))
+  found = metadata["data"]
+  assert (found["batch"], found["epoch"], found["row_of_epoch"]) == (STEPS, epoch, row)
+  assert found["fingerprint"] == run.dataset.fingerprint
+  assert metadata["random"] == {"seed": 0, "implementation": "fry"}
+  assert metadata["config"]["method"]["num_sampled"] == 3
+  assert metadata["versions"]["jax"] == jax.__version__
+  assert metadata["metrics"]["validation/loss"] == tiny_run.lines(workdir)[-1]["validation/loss"]
+
+
 def test_a_run_is_evaluated_on_devices_that_could_not_have_trained_it(data, tmp_path):
   _, experiment = tiny_run.parse_config(
     tiny_run.config(data, **{"data.batch_size": 6, "evaluation.batch_size": 5, "mesh.tensor": 3})

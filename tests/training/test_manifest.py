@@ -70,9 +70,9 @@ def test_damaged_newest_is_named_set_aside_and_the_one_before_is_used(name, copi
     np.testing.assert_array_equal(found["params"]["w"], state(1)["params"]["w"])
     lines = [line for line in capfd.readouterr().err.splitlines() if "warning: checkpoint" in line]
     assert len(lines) == 1
-    assert f"{copied}/2 is damaged: " in lines[0]
+    assert f"{copied}/2 is not used: " in lines[0]
     assert re.search(said, lines[0])
-    assert (copied / "2.damaged").is_dir()
+    assert (copied / ("2.unfinished" if "not finished" in said else "2.damaged")).is_dir()
     checkpoints.save(2, state(2), {"step": 2})  # the run comes to this step again
   with Checkpointer(copied, keep=None) as reader:
     assert reader.latest_step() == 2
@@ -106,15 +106,28 @@ def test_a_reader_renames_nothing_and_goes_around(copied, capfd):
     with pytest.raises(CheckpointError, match=r"2 is damaged: state/.* does not hold the bytes"):
       reader.restore(2, state(2))
   assert sorted(p.name for p in copied.iterdir()) == before
-  assert "2 is damaged" in capfd.readouterr().err
+  assert "2 is not used: " in capfd.readouterr().err
 
 
-def test_none_good_is_a_fresh_start_that_deletes_nothing(copied):
+def test_only_damaged_ones_are_no_reason_to_begin_anew(copied):
   for step in ("1", "2"):
     flip_one_bit(copied / step)
+  for _ in range(2):  # the second time they have their new names
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .* is good and at least one is damaged; mend it"):
+      Checkpointer(copied, keep=2)
+  assert sorted(p.name for p in copied.iterdir()) == ["1.damaged", "2.damaged"]
+  (copied / "1.damaged").rename(copied / "1")
+  flip_one_bit(copied / "1")  # mended
+  with Checkpointer(copied, keep=2) as checkpoints:
+    assert checkpoints.latest_step() == 1
+
+
+def test_a_run_killed_before_its_first_checkpoint_was_finished_begins_anew(copied):
+  for step in ("1", "2"):
+    (copied / step / manifest.MANIFEST).unlink()
   with Checkpointer(copied, keep=2) as checkpoints:
     assert checkpoints.latest_step() is None
-  assert sorted(p.name for p in copied.iterdir()) == ["1.damaged", "2.damaged"]
+  assert sorted(p.name for p in copied.iterdir()) == ["1.unfinished", "2.unfinished"]
 
 
 def test_a_second_damaged_one_of_the_same_step_finds_a_name(copied):
