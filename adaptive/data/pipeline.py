@@ -37,13 +37,8 @@ class Dataset:
   def position(self, batch: int, batch_size: int) -> dict[str, int | str]:
     """What a checkpoint says of the data: which they are, and where in them the next batch begins."""
     epoch, row = divmod(batch * batch_size, len(self.train))
-    return {
-      "fingerprint": self.fingerprint,
-      "tokens": self.tokens_fingerprint,
-      "batch": batch,
-      "epoch": epoch,
-      "row_of_epoch": row,
-    }
+    prints = {"fingerprint": self.fingerprint, "tokens": self.tokens_fingerprint}
+    return prints | {"batch": batch, "epoch": epoch, "row_of_epoch": row}
 
 
 def load(config: DataConfig, vocab_size: int) -> Dataset:

@@ -104,15 +104,15 @@ def _newest(run: Run, workdir: str, checkpointer: Checkpointer) -> Position:
     return Position()
   metadata = checkpointer.metadata(step)
   require("extracted_from" not in metadata, f"{workdir} holds an extracted sub-model, which has no optimizer state")
+  found, data = metadata["data"], run.dataset
   require(
-    metadata["data"]["tokens"] == run.dataset.tokens_fingerprint
-    or metadata["data"]["fingerprint"] != run.dataset.fingerprint,
-    f"{workdir} was trained on the same text as other tokens; its tokenizer has changed",
+    found["fingerprint"] == data.fingerprint,
+    f"{workdir} was trained on other data: its fingerprint is {found['fingerprint']}, that of {data.description} is "
+    f"{data.fingerprint}; choose another --workdir",
   )
   require(
-    metadata["data"]["fingerprint"] == run.dataset.fingerprint,
-    f"{workdir} was trained on other data: its fingerprint is {metadata['data']['fingerprint']}, that of "
-    f"{run.dataset.description} is {run.dataset.fingerprint}; choose another --workdir",
+    found["tokens"] == data.tokens_fingerprint,
+    f"{workdir} was trained on the same text as other tokens; its tokenizer has changed",
   )
   return Position.of(metadata)
 

@@ -207,7 +207,7 @@ def test_a_checkpoint_says_what_it_is_of(straight):
   found = metadata["data"]
   assert (found["batch"], found["epoch"], found["row_of_epoch"]) == (STEPS, epoch, row)
   assert found["fingerprint"] == run.dataset.fingerprint
-  assert metadata["random"] == {"seed": 0, "implementation": "fry"}
+  assert metadata["random"] == {"seed": 0, "implementation": "threefry2x32"}
   assert metadata["config"]["method"]["num_sampled"] == 3
   assert metadata["versions"]["jax"] == jax.__version__
   assert metadata["metrics"]["validation/loss"] == tiny_run.lines(workdir)[-1]["validation/loss"]
