@@ -51,9 +51,8 @@ def main() -> None:
         seconds[saves].append(time.perf_counter() - began)
         print(f"{window} steps {'with' if saves else 'without'} a save: {seconds[saves][-1]:.2f} s", flush=True)
   ratios = [a / b for a, b in zip(seconds[True], seconds[False])]
-  print(
-    f"one save per {window} steps: {statistics.median(ratios) - 1:+.1%} (pairs: {', '.join(f'{r - 1:+.1%}' for r in ratios)})"
-  )
+  each = ", ".join(f"{ratio - 1:+.1%}" for ratio in ratios)
+  print(f"one save per {window} steps: {statistics.median(ratios) - 1:+.1%} of the time (pairs: {each})")
 
 
 if __name__ == "__main__":
