@@ -1,6 +1,6 @@
 """Two processes of four devices train like one of eight, and one goes on where two stopped.
 
-`train.py` joins no cluster by itself yet; the processes run `train_in_two.py`, which calls the same loop.
+The processes run `train_in_two.py`, which calls the loop; `tests/faults/test_processes.py` goes through `train.py`.
 """
 
 import os
