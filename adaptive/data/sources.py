@@ -135,7 +135,9 @@ def _read_all(root: pathlib.Path, paths: Iterable[pathlib.Path], skip_bad: bool)
   named = sorted((path.relative_to(root).as_posix(), path) for path in paths)
   documents = [Document(name, _read(path, skip_bad)) for name, path in named]
   empty = [document.name for document in documents if document.text == ""]
-  if empty and not root.samefile(_stdlib_root()):  # the standard library has dozens, and nobody can mend it
+  if 0 < len(empty) < len(documents) and not root.samefile(
+    _stdlib_root()
+  ):  # the standard library has dozens, and nobody can mend it
     logging.warning("Left out: %d empty files below %s, such as %s", len(empty), root, empty[0])
   return [document for document in documents if document.text]
 

@@ -54,7 +54,7 @@ def test_a_step_of_the_full_sub_model_alone_is_a_step_of_the_dense_model(executo
   """Parameters and moments; one sub-model of a family, so that the loop over sub-models and the branches are there."""
   nested = sorted_net.build(MODEL, dataclasses.replace(FAMILY, num_sampled=1, executor=executor))
   update, params = optimizer(name=name), tiny.random_params(MODEL)
-  start = states.TrainState(jnp.int32(0), params, update.init(params))
+  start = states.fresh(params, update)
 
   def after(method, model, choice):
     step = make_step(method, model, update, 0, 1)
@@ -74,7 +74,7 @@ def test_a_whole_step_moves_or_freezes_what_it_did_not_draw(inactive):
   model = sorted_net.build(MODEL, dataclasses.replace(FAMILY, accum_data="shared", executor="switch"))
   update, params = optimizer(name="muon", inactive=inactive), tiny.random_params(MODEL)
   step = jax.jit(make_step(sorted_net, model, update, 0, 1))
-  first, _ = step(states.TrainState(jnp.int32(0), params, update.init(params)), BATCH, np.array([0, 3], np.int32))
+  first, _ = step(states.fresh(params, update), BATCH, np.array([0, 3], np.int32))
   second, _ = step(first, BATCH, np.array([0, 1], np.int32))
   undrawn = jax.tree.map(lambda before, after: np.asarray(before != after)[1], *layers_of(first, second))
   moved = [leaf.any() for leaf in jax.tree.leaves(undrawn)]
