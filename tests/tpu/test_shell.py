@@ -73,6 +73,7 @@ def slurm(folder: pathlib.Path, srun: str) -> subprocess.Popen:
   program(folder, "scancel", f'#!/bin/sh\necho "$@" >> "{folder}/calls"\nkill -TERM "$(cat "{folder}/pid")"\n')
   program(folder, "scontrol", f'#!/bin/sh\necho "$@" >> "{folder}/calls"\n')
   environment = {**os.environ, "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
+  environment.pop("PYTHON", None)  # make hands on its own
   command = ["bash", str(ROOT / "slurm" / "train.sbatch"), "--config=x", "--workdir=y"]
   return subprocess.Popen(command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True)
 
