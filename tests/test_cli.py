@@ -108,7 +108,10 @@ BAD = {  # name: (arguments after the config and the workdir, or the whole comma
   "flag": ("--workdirr=x", "Unknown command line flag 'workdirr'. Did you mean: workdir ?"),
   "field": ("--config.sed=1", "unknown config field config.sed; did you mean config.seed?"),
   "section": ("--config.trainin.steps=1", "unknown config field config.trainin; did you mean config.training?"),
-  "processes": (["train.py", "--config={config}", "--workdir=w", "--nodistributed", "--process_id=1"], "--nodistributed does not go with --coordinator_address"),
+  "processes": (
+    ["train.py", "--config={config}", "--workdir=w", "--nodistributed", "--process_id=1"],
+    "--nodistributed does not go with --coordinator_address",
+  ),
   "nested field": (
     "--config.training.optimizer.learnin_rate=1",
     "field config.training.optimizer.learnin_rate; did you mean config.training.optimizer.learning_rate?",
