@@ -44,24 +44,23 @@ class Recorder:
     step, training = held[0], self._run.experiment.training
     choice = self._run.method.sample(self._run.model, self._run.experiment.seed, step - 1)
     values = metric_tools.mean(_by_name(held[1], self._names, choice))
-    self._judge(step, values)
-    done, skipped = self._throughput, int(values["skipped_updates"])
-    self._progress.update(step, done.tokens, values["loss"], done.flops(choice), skipped)
-    if step % training.log_every == 0 or step in (1, training.steps):
+    made, done = self._judge(step, values), self._throughput
+    self._progress.update(step, done.tokens, values["loss"], done.flops(choice), int(values["skipped_updates"]))
+    if step % training.log_every == 0 or step in (1, training.steps) or not made:
       self._writers.write(step, values | done.metrics(self._progress))
 
-  def _judge(self, step: int, values: dict[str, float]) -> None:
+  def _judge(self, step: int, values: dict[str, float]) -> bool:
+    """Whether the update was made; takes the guard's words out of the metrics."""
     verdict, in_a_row = int(values.pop("verdict")), int(values.pop("skipped_in_a_row"))
     if verdict == guards.FINE:
-      return
+      return True
     bad = BadUpdate(step, verdict, values["loss"], values["grad_norm"])
     config = self._run.experiment.training.guard
     action = config.nonfinite if verdict == guards.NOT_FINITE else config.spike
-    if action == "skip" and in_a_row < config.limit:
-      self._progress.message(f"skipped: {bad}")
-      self._writers.write(step, values)
-    else:
+    if action != "skip" or in_a_row >= config.limit:
       raise bad
+    self._progress.message(f"skipped: {bad}")
+    return False
 
 
 def _by_name(values: Metrics, names: list[str], choice: tuple[int, ...]) -> Mapping[str, tuple[float, float]]:

@@ -140,6 +140,7 @@ def test_stop_is_the_default_and_tells_where(data, tmp_path):
 def test_skip_goes_on_counts_and_keeps_parameters_clean(data, tmp_path, capfd):
   run = assemble(data, **{"training.guard.nonfinite": "skip", "training.checkpoint_every": 1})
   loop.train(run, tmp_path)
+  assert [line["step"] for line in tiny_run.lines(tmp_path) if "loss" in line] == list(range(1, 9))
   lines = {line["step"]: line for line in tiny_run.lines(tmp_path) if "loss" in line}
   assert [lines[step]["skipped_updates"] for step in range(1, 9)] == [0, 0, 0, 1, 1, 1, 1, 1]
   assert lines[4]["loss"] is None
