@@ -32,14 +32,18 @@ _HEARTBEAT = absl_flags.DEFINE_integer(
 )
 
 
-def run(main: Callable[[list[str]], None]) -> None:
-  """Runs `main(argv)`; what the user can mend is told in one line on stderr, with exit code 2."""
+def run(main: Callable[[list[str]], None], saves_on_sigterm: bool = False) -> None:
+  """Runs `main(argv)`; what the user can mend is told in one line on stderr, with exit code 2.
+
+  Args:
+    saves_on_sigterm: whether `main` deals with SIGTERM; it kills otherwise.
+  """
 
   def guarded(argv: list[str]) -> None:
     if "--verbosity" not in " ".join(sys.argv):
       logging.set_verbosity(logging.WARNING)  # absl's default lets jax tell which devices are not there
     try:
-      _join_others()
+      _join_others(saves_on_sigterm)
       main(argv)
     except ConfigError as error:
       fail(str(error))
@@ -61,7 +65,7 @@ def fail(message: str, code: int = USER_ERROR) -> None:
   sys.exit(code)
 
 
-def _join_others() -> None:
+def _join_others(saves_on_sigterm: bool) -> None:
   """Joins the other processes when flags or the environment say that there are any."""
   address = (_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
   given = any(value is not None for value in address)
@@ -69,7 +73,8 @@ def _join_others() -> None:
     fail("--nodistributed does not go with --coordinator_address, --num_processes or --process_id")
   several = given or cluster.launched_as_one_of_many() if _DISTRIBUTED.value is None else _DISTRIBUTED.value
   if several:
-    cluster.join(*address, timeout=_JOIN_TIMEOUT.value, heartbeat_timeout=_HEARTBEAT.value)
+    timeouts = dict(timeout=_JOIN_TIMEOUT.value, heartbeat_timeout=_HEARTBEAT.value)
+    cluster.join(*address, **timeouts, heed_preemption=saves_on_sigterm)
 
 
 def _parse_flags(argv: list[str]) -> list[str]:

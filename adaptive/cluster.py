@@ -4,7 +4,8 @@ import hashlib
 import os
 import socket
 import sys
-from typing import NoReturn
+from collections.abc import Callable
+from typing import NoReturn, TypeVar
 
 import jax
 import numpy as np
@@ -13,6 +14,11 @@ from jax.experimental import multihost_utils
 from adaptive.config import ConfigError, require
 
 LOST = 1
+# What XLA's errors begin with when nobody was lost: too little memory, or a program that cannot be.
+_OWN_FAULT = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED")
+_MESSAGE = 1000  # bytes of an error that are told to the other processes
+
+T = TypeVar("T")
 
 # What the launchers that JAX knows set for their processes, and what says that there is more than one.
 _LAUNCHERS = {
@@ -34,7 +40,7 @@ def launched_as_one_of_many() -> bool:
 
 def join(
   coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None, timeout: int = 300,
-  heartbeat_timeout: int = 60,
+  heartbeat_timeout: int = 60, heed_preemption: bool = True,
 ) -> None:  # fmt: skip
   """Connects this process with the others; before anything else touches a device.
 
@@ -43,6 +49,7 @@ def join(
       out from the environment (Cloud TPU, GKE, Slurm, Open MPI).
     timeout: seconds to wait for the others to start.
     heartbeat_timeout: seconds after which a silent process counts as lost, and the others end.
+    heed_preemption: let SIGTERM ask instead of kill from now on (see `adaptive.training.stopping`).
 
   Raises:
     ConfigError: the arguments cannot be, or the processes do not find each other.
@@ -53,6 +60,7 @@ def join(
   _check(coordinator, num_processes, process_id)
   if coordinator:
     _check_resolves(coordinator)
+  jax.config.update("jax_enable_preemption_service", heed_preemption)
   try:
     jax.distributed.initialize(
       coordinator, num_processes, process_id, initialization_timeout=timeout,
@@ -115,6 +123,22 @@ def agree(what: str, text: str) -> None:
   )
 
 
+def together(action: Callable[[], T]) -> T:
+  """What the action returns; if it raises ConfigError on any process, all of them do, so that none waits in vain."""
+  result, message = None, b""
+  try:
+    result = action()
+  except ConfigError as error:
+    message = str(error).encode()[:_MESSAGE]
+  if jax.process_count() > 1:
+    everyone = multihost_utils.process_allgather(np.frombuffer(message.ljust(_MESSAGE, b"\0"), np.uint8))
+    messages = [bytes(text).rstrip(b"\0") for text in np.asarray(everyone)]
+    message = message or next(filter(None, messages), b"")
+  if message:
+    raise ConfigError(message.decode(errors="replace"))
+  return result
+
+
 def wait(name: str) -> None:
   """Until all processes came to this call."""
   if jax.process_count() > 1:
@@ -122,11 +146,14 @@ def wait(name: str) -> None:
 
 
 def leave(error: Exception) -> NoReturn:
-  """Ends this process after another one was lost. Not by an exception: whoever waits for the lost one hangs."""
-  reason = " ".join(str(error).split())[:300]
+  """Ends this process after a collective failed. Not by an exception: whoever waits for a lost process hangs."""
+  reason, me = " ".join(str(error).split())[:300], f"error: process {jax.process_index()}"
+  if reason.startswith(_OWN_FAULT):
+    print(f"{me} failed: {reason}", file=sys.stderr, flush=True)
+    os._exit(LOST)
   print(
-    f"error: process {jax.process_index()} lost contact with the others and ends; start all processes again with the "
-    f"same command, which goes on from what was saved ({reason})",
+    f"{me} lost contact with the others and ends; start all processes again with the same command, which goes on from "
+    f"what was saved ({reason})",
     file=sys.stderr,
     flush=True,
   )

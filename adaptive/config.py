@@ -246,7 +246,7 @@ class GuardConfig:
     nonfinite: when loss or gradient norm is not finite.
     spike: when either is more than `spike_sigmas` standard deviations above its mean over the last `spike_window`
       updates; `off` does not look.
-    limit: so many skips in a row, or rollbacks in all, end the run.
+    limit: more skips in a row than this, or more rollbacks in all, end the run.
   """
 
   nonfinite: GuardAction = "stop"
@@ -271,7 +271,7 @@ class TrainingConfig:
     eval_every, checkpoint_every, log_every: in steps; 0 means only at the end.
     keep_checkpoints: newest N are kept; at least two, so that a damaged one leaves another.
     keep_best: name of a validation metric, such as `validation/loss`; the checkpoint with its best value is kept too
-      (the highest of an accuracy, the lowest of anything else). Empty: none.
+      (the highest of an accuracy, the lowest of anything else). Empty: none. Every checkpoint must be evaluated then.
     guard: what happens when a loss or gradient is not finite.
     compilation_cache: folder for compiled programs; empty: `.compilation_cache` beside the workdir.
     tensorboard, wandb: further metric writers beside `metrics.jsonl`; wandb takes the project's name.
@@ -293,6 +293,11 @@ class TrainingConfig:
   def __post_init__(self):
     require_range(self, "training.", "steps grad_accum log_every", 1)
     require_range(self, "training.", "keep_checkpoints", 2)
+    require(
+      not self.keep_best or (self.eval_every > 0 and self.checkpoint_every % self.eval_every == 0),
+      f"training.keep_best needs an evaluation at every checkpoint: training.checkpoint_every={self.checkpoint_every} "
+      f"must be a multiple of training.eval_every={self.eval_every}, which must not be 0",
+    )
     require_range(self, "training.", "eval_every checkpoint_every", 0)
 
 

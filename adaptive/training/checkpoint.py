@@ -12,6 +12,7 @@ import contextlib
 import itertools
 import json
 import logging
+import math
 import os
 import pathlib
 import sys
@@ -114,9 +115,14 @@ class Checkpointer:
   def latest_step(self) -> int | None:
     """Newest checkpoint whose files are as they were written, None if there is none.
 
-    Newer ones that are not are named on stderr.
+    Newer ones that are not are named on stderr, and set aside where the folder is written to.
     """
-    for step in reversed(self.steps()):
+    steps = self.steps()
+    if self._writable:
+      self._set_damaged_aside()
+      self._manager.reload()
+      steps = self.steps()
+    for step in reversed(steps):
       found = self._problem(step)
       if found is None:
         return step
@@ -189,9 +195,9 @@ class Checkpointer:
     Nothing is deleted: a checkpoint whose manifest alone was lost may be all that a user has.
 
     Raises:
-      CheckpointError: none is good and one is damaged, so that the run would begin anew over what can be mended.
+      CheckpointError: none is good, and that is not because the run was killed before its first was finished.
     """
-    steps = [int(path.name) for path in self.folder.glob("*") if path.name.isdecimal()]
+    steps = [int(p.name) for p in self.folder.glob("*") if p.name.isdecimal() and p.name == str(int(p.name))]
     for step in sorted(steps, reverse=True):
       found = self._problem(step)
       if found is None:
@@ -199,9 +205,10 @@ class Checkpointer:
       if jax.process_index() == 0:
         self._rename(step, found)
     cluster.wait("damaged checkpoints are set aside")
-    if any(self.folder.glob("*.damaged*")):
+    # A kill leaves one unfinished at most, since a save waits for the manifest of the one before.
+    if any(self.folder.glob("*.damaged*")) or len(steps) > 1:
       raise CheckpointError(
-        f"no checkpoint in {self.folder} is good and at least one is damaged; mend it, or choose another --workdir"
+        f"no checkpoint in {self.folder} is good and the run would begin anew; mend one, or choose another --workdir"
       )
 
   def _rename(self, step: int, found: str) -> None:
@@ -248,7 +255,7 @@ class _BestStep:
       with contextlib.suppress(OSError, ValueError):
         text = (self._folder / str(step) / "metadata" / "metadata").read_text(encoding="utf-8")
         self._values[step] = json.loads(text).get("metrics", {}).get(self._metric)
-    known = {step: value for step, value in self._values.items() if step in steps and value is not None}
+    known = {s: v for s, v in self._values.items() if s in steps and v is not None and math.isfinite(v)}
     return (max if "accuracy" in self._metric else min)(known, key=known.get, default=None)
 
 

@@ -5,6 +5,7 @@ whatever the policy, a bad update changes neither parameters nor moments. The ho
 metrics, and then stops, counts, or rolls back (`GuardConfig`).
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import flax
@@ -51,6 +52,12 @@ def init(config: GuardConfig) -> GuardState:
   """Of a run that has made no update."""
   history = None if config.spike == "off" else jnp.zeros((2, config.spike_window))
   return GuardState(history, *(jnp.zeros((), jnp.int32) for _ in range(3)))
+
+
+def same_window(config: GuardConfig, saved: Mapping[str, Any]) -> bool:
+  """Whether the state of a run with the saved settings fits these."""
+  before = saved["spike_window"] if saved["spike"] != "off" else None
+  return before == (config.spike_window if config.spike != "off" else None)
 
 
 def judge(

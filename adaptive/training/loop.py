@@ -15,11 +15,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from adaptive import cluster
+from adaptive import cluster, sharding
 from adaptive.config import require
 from adaptive.data import train_batches, validation_batches
 from adaptive.evaluation import quality
 from adaptive.methods.contract import SubModel
+from adaptive.training import guard as guards
 from adaptive.training import metrics as metric_tools
 from adaptive.training import state as states
 from adaptive.training.checkpoint import Checkpointer
@@ -33,7 +34,7 @@ from adaptive.training.state import TrainState
 from adaptive.training.step import compile_step
 from adaptive.training.stopping import StopRequest
 from adaptive.training.throughput import Throughput
-from adaptive.training.workdir import in_use, open_workdir, versions
+from adaptive.training.workdir import in_use, keep_config, open_workdir, versions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,26 +66,34 @@ def train(run: Run, workdir: str, profile: tuple[int, int] | None = None, change
   """
   started, settings = time.monotonic(), run.experiment.training
   cluster.agree("configs or data", run.config_json + run.dataset.fingerprint + run.dataset.tokens_fingerprint)
-  folder = open_workdir(workdir, run.config_json, change_config)
+  folder = cluster.together(lambda: open_workdir(workdir, run.config_json, change_config))
   with contextlib.ExitStack() as stack:
     enter = stack.enter_context
-    enter(in_use(folder))
+    cluster.together(lambda: enter(in_use(folder)))
     stop = enter(StopRequest())
     checkpointer = enter(Checkpointer(folder / CHECKPOINTS, settings.keep_checkpoints, settings.keep_best))
     compiling, profiler = enter(CompileTime()), enter(Profiler(profile, folder))
     session = _Session(run, folder, checkpointer, stop, Throughput(run), compiling, profiler, started)
-    reached = _train(session, workdir)
+    position = _newest(run, workdir, checkpointer)
+    require(
+      position.step <= settings.steps, f"{workdir} is at step {position.step}, past training.steps={settings.steps}"
+    )
+    if change_config:
+      keep_config(folder, run.config_json)
+    reached = _train(session, workdir, position)
   if reached < settings.steps and jax.process_index() == 0:
-    print(f"{stop.name}: stopped and saved at step {reached} of {settings.steps}; the same command goes on", flush=True)
+    done = f"stopped and saved at step {reached} of {settings.steps}" if reached else "stopped before the first step"
+    print(f"{stop.name}: {done}; the same command goes on", flush=True)
 
 
-def _train(session: _Session, workdir: str) -> int:
+def _train(session: _Session, workdir: str, position: Position) -> int:
   """Trains, rolling back where the config says so; the step it came to."""
-  position = _newest(session.run, workdir, session.checkpointer)
   while True:
     try:
-      return _train_from(session, position)
-    except BadUpdate as bad:
+      try:
+        return _train_from(session, position)
+      except BadUpdate as error:
+        bad = error.with_traceback(None)  # its frames hold the state, of which there is to be but one on the devices
       newest = _newest(session.run, workdir, session.checkpointer)
       position = roll_back(session.run, session.folder, position, newest, bad)
     except jax.errors.JaxRuntimeError as error:
@@ -195,7 +204,12 @@ def _restore(run: Run, checkpointer: Checkpointer, step: int) -> TrainState:
   guard = run.experiment.training.guard
   if step == 0:
     return states.create(run.model, run.optimizer, run.mesh, run.experiment.seed, guard)
-  items = checkpointer.restore(step, _items(states.abstract(run.model, run.optimizer, run.mesh, guard)))
+  wanted = _items(states.abstract(run.model, run.optimizer, run.mesh, guard))
+  if not guards.same_window(guard, checkpointer.metadata(step)["config"]["training"]["guard"]):
+    del wanted["guard"]  # the user looks for spikes otherwise than before: its window begins anew
+  items = checkpointer.restore(step, wanted)
+  if "guard" not in wanted:
+    items["guard"] = jax.jit(lambda: guards.init(guard), out_shardings=sharding.replicated(run.mesh))()
   return TrainState(items["optimizer"]["step"], items["params"], items["optimizer"]["state"], items["guard"])
 
 
@@ -204,6 +218,13 @@ def _evaluator(run: Run) -> Callable[[Any], Mapping[str, float]]:
   settings, submodels = run.experiment.evaluation, run.method.submodels(run.model)
   scorer = quality.make_scorer(run.method, run.model, run.mesh)
   ends: dict[int, SubModel] = {i: submodels[i] for i in (0, len(submodels) - 1)}
+  names = [
+    "validation/loss",
+    "validation/accuracy",
+    *(f"validation/loss/{submodel.name}" for submodel in ends.values()),
+  ]
+  best = run.experiment.training.keep_best
+  require(not best or best in names, f"training.keep_best={best!r} is not one of {', '.join(names)}")
 
   def evaluate(params: Any) -> Mapping[str, float]:
     batches = list(validation_batches(run.dataset.validation, settings.rows, settings.batch_size, run.mesh))

@@ -5,6 +5,7 @@ so a mean taken at the end is exact however unevenly the tokens were spread.
 """
 
 import collections
+import contextlib
 import importlib
 import json
 import math
@@ -69,8 +70,9 @@ class Writers:
       writer.write(step, scalars)
 
   def close(self) -> None:
-    for writer in self._writers:
-      writer.close()
+    with contextlib.ExitStack() as stack:  # one that fails leaves none open
+      for writer in self._writers:
+        stack.callback(writer.close)
 
 
 def open_writers(
@@ -133,16 +135,19 @@ class TensorBoard:
   """Event files; on resume TensorBoard hides what a killed run wrote after its last checkpoint."""
 
   def __init__(self, module: types.ModuleType, folder: pathlib.Path, resumed_step: int | None):
+    self._folder = folder
     with user_errors(f"cannot write {folder}"):
       self._writer = module.SummaryWriter(str(folder), purge_step=0 if resumed_step is None else resumed_step + 1)
 
   def write(self, step: int, scalars: Mapping[str, float]) -> None:
-    for name, value in scalars.items():
-      self._writer.add_scalar(name, float(value), step)
-    self._writer.flush()
+    with user_errors(f"cannot write {self._folder}"):
+      for name, value in scalars.items():
+        self._writer.add_scalar(name, float(value), step)
+      self._writer.flush()
 
   def close(self) -> None:
-    self._writer.close()
+    with user_errors(f"cannot write {self._folder}"):
+      self._writer.close()
 
 
 class Wandb:

@@ -17,7 +17,6 @@ from adaptive.data import pipeline
 from adaptive.training import guard as guards
 from adaptive.training.guard import BadUpdate
 from adaptive.training.run import CHECKPOINTS, Run
-from adaptive.training.workdir import user_errors
 
 _ROWS_NAMED = 8
 
@@ -61,7 +60,8 @@ def roll_back(run: Run, folder: pathlib.Path, position: Position, newest: Positi
     if jax.process_index() == 0:
       print(f"rolled back to step {newest.step}, leaving out batches {newest.batch} to {batch}: {bad}", flush=True)
     return Position(newest.step, batch + 1 - newest.step, position.rollbacks + 1)
-  often = {"stop": "", "skip": f"; {config.limit} skips in a row", "rollback": f"; {config.limit} rollbacks"}[action]
+  often = {"stop": "", "skip": "skips in a row", "rollback": "rollbacks"}[action]
+  often = often and f"; more than {config.limit} {often}"
   raise RunStopped(f"{bad}{often}; {_evidence(run, folder, bad.step, batch)}; {_last_good(folder, newest)}")
 
 
@@ -77,7 +77,9 @@ def _evidence(run: Run, folder: pathlib.Path, step: int, batch: int) -> str:
   indices = pipeline.batch_indices(len(rows), size, run.experiment.seed, batch)
   file = folder / f"bad_batch_of_step_{step}.npz"
   if jax.process_index() == 0:
-    with user_errors(f"cannot write {file}"):
+    try:
       np.savez(file, rows=indices, **pipeline.host_batch(rows, size, run.experiment.seed, batch, np.arange(size)))
+    except OSError as error:  # the reason to stop matters more
+      file = f"{file}, which could not be written ({error.strerror})"
   named = ", ".join(map(str, indices[:_ROWS_NAMED])) + (", ..." if size > _ROWS_NAMED else "")
   return f"its {size} rows ({named}) are in {file}"

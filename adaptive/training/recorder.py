@@ -54,12 +54,11 @@ class Recorder:
     verdict, in_a_row = int(values.pop("verdict")), int(values.pop("skipped_in_a_row"))
     if verdict == guards.FINE:
       return True
-    bad = BadUpdate(step, verdict, values["loss"], values["grad_norm"])
     config = self._run.experiment.training.guard
     action = config.nonfinite if verdict == guards.NOT_FINITE else config.spike
-    if action != "skip" or in_a_row >= config.limit:
-      raise bad
-    self._progress.message(f"skipped: {bad}")
+    if action != "skip" or in_a_row > config.limit:
+      raise BadUpdate(step, verdict, values["loss"], values["grad_norm"])
+    self._progress.message(f"skipped: {BadUpdate(step, verdict, values['loss'], values['grad_norm'])}")
     return False
 
 

@@ -22,6 +22,7 @@ from adaptive.training.optim import make_optimizer
 from adaptive.training.workdir import load_config
 
 CHECKPOINTS = "checkpoints"
+_ATTEMPTS = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,8 +121,14 @@ def load_params(run: Run, workdir: str, step: int | None = None) -> tuple[int, P
     CheckpointError: there is none.
   """
   with Checkpointer(pathlib.Path(workdir) / CHECKPOINTS, keep=None) as checkpointer:
-    step = checkpointer.latest_step() if step is None else step
-    if step is None:
-      raise CheckpointError(f"{workdir} holds no finished checkpoint yet")
-    abstract = states.abstract(run.model, run.optimizer, run.mesh)
-    return step, checkpointer.restore(step, {"params": abstract.params})["params"]
+    for attempt in range(_ATTEMPTS):
+      chosen = checkpointer.latest_step() if step is None else step
+      if chosen is None:
+        raise CheckpointError(f"{workdir} holds no finished checkpoint yet")
+      abstract = states.abstract(run.model, run.optimizer, run.mesh)
+      try:
+        return chosen, checkpointer.restore(chosen, {"params": abstract.params})["params"]
+      except CheckpointError:
+        # A training that goes on may have deleted it for a newer one in the meantime.
+        if step is not None or attempt == _ATTEMPTS - 1 or checkpointer.latest_step() == chosen:
+          raise

@@ -22,7 +22,8 @@ VERSIONS_FILE = "versions.json"
 LOCK_FILE = ".lock"
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "adaptive")
 _FIELDS_SHOWN = 3
-_FIXED = ("data.", "seed:", "model.", "method")  # which batch a step reads, and what a checkpoint fits
+# Which batch a step reads, and what a checkpoint fits.
+_FIXED = ("data.", "seed:", "model.", "method", "training.optimizer.name:", "training.optimizer.mu_dtype:")
 
 
 def open_workdir(path: str | os.PathLike, config_json: str, change: bool = False) -> pathlib.Path:
@@ -33,8 +34,8 @@ def open_workdir(path: str | os.PathLike, config_json: str, change: bool = False
   Args:
     path: a folder; relative paths are relative to the current directory.
     config_json: the experiment, as `adaptive.config.to_json` writes it.
-    change: go on with this config where it differs from the workdir's, and keep it there. What says which batch a step
-      reads may not be changed.
+    change: take this config where it differs from the workdir's; `keep_config` writes it once it is known to work.
+      What says which batch a step reads, and what a checkpoint fits, may not be changed.
 
   Returns:
     The folder as an absolute path.
@@ -52,8 +53,6 @@ def open_workdir(path: str | os.PathLike, config_json: str, change: bool = False
     contents = {entry.name for entry in folder.iterdir()}
   if CONFIG_FILE in contents:
     _check_same(path, load_config(path), json.loads(config_json), change)
-    if change:
-      write_atomically(folder / CONFIG_FILE, config_json)
   else:
     # Hidden files do not count: a run killed inside write_atomically leaves one, and file managers do too.
     foreign = sorted(name for name in contents if not name.startswith("."))
@@ -62,6 +61,15 @@ def open_workdir(path: str | os.PathLike, config_json: str, change: bool = False
   if VERSIONS_FILE not in contents:
     write_atomically(folder / VERSIONS_FILE, json.dumps(versions(), indent=2) + "\n")
   return folder
+
+
+def keep_config(folder: pathlib.Path, config_json: str) -> None:
+  """Makes this the workdir's config, and says what changed. Raises ConfigError if it cannot be written."""
+  if jax.process_index() != 0:
+    return
+  for difference in differences(_completed(load_config(folder)), json.loads(config_json)):
+    print(f"changed: {difference}", file=sys.stderr)
+  write_atomically(folder / CONFIG_FILE, config_json)
 
 
 @contextlib.contextmanager
@@ -82,8 +90,8 @@ def in_use(folder: pathlib.Path) -> Iterator[None]:
     except BlockingIOError:
       file.seek(0)
       raise ConfigError(f"{folder} is in use by another run ({file.read().strip() or 'it has just begun'})") from None
-    except OSError:
-      pass  # a file system without locks, as some mounted buckets are; nothing to be known there
+    except OSError as error:  # a file system without locks, as some mounted buckets are
+      print(f"warning: cannot tell whether another run uses {folder}: {error.strerror}", file=sys.stderr)
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
@@ -178,8 +186,6 @@ def _check_same(path: str | os.PathLike, saved: dict[str, Any], wanted: dict[str
   different = differences(_completed(saved), wanted)
   fixed = [difference for difference in different if difference.startswith(_FIXED)]
   if change and not fixed:
-    for difference in different:
-      print(f"changed: {difference}", file=sys.stderr)
     return
   shown = "; ".join((fixed if change else different)[:_FIELDS_SHOWN])
   more = f" (and {len(different) - _FIELDS_SHOWN} more)" if len(different) > _FIELDS_SHOWN else ""

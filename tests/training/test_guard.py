@@ -159,8 +159,10 @@ def test_a_skipped_update_changes_neither_parameters_nor_moments(data, tmp_path)
 
 def test_skips_in_a_row_end_the_run(data, tmp_path):
   run = assemble(data, **{"training.guard.nonfinite": "skip", "training.guard.limit": 1})
-  with pytest.raises(RunStopped, match="; 1 skips in a row; its 16 rows"):
-    loop.train(run, tmp_path)
+  loop.train(run, tmp_path / "one")
+  run.method._always = True
+  with pytest.raises(RunStopped, match="step 2: .*; more than 1 skips in a row; its 16 rows"):
+    loop.train(run, tmp_path / "all")
 
 
 def test_rollback_goes_on_after_the_bad_batch(data, tmp_path, capfd):
@@ -176,10 +178,24 @@ def test_rollback_goes_on_after_the_bad_batch(data, tmp_path, capfd):
   assert (metadata["batches_left_out"], metadata["rollbacks"], metadata["data"]["batch"]) == (2, 1, 10)
 
 
+def test_the_old_state_is_gone_when_a_rollback_restores(data, tmp_path, monkeypatch):
+  """Two states at once would be more than a device holds that one fills by half."""
+  run, sizes, real = assemble(data, **{"training.guard.nonfinite": "rollback"}), [], loop._restore
+
+  def restore(*args):
+    sizes.append(sum(x.nbytes for x in jax.live_arrays()))
+    return real(*args)
+
+  monkeypatch.setattr(loop, "_restore", restore)
+  loop.train(run, tmp_path)
+  assert len(sizes) == 2
+  assert sizes[1] <= sizes[0] + 1000
+
+
 def test_too_many_rollbacks_end_the_run(data, tmp_path):
   run = assemble(data, **{"training.guard.nonfinite": "rollback", "training.guard.limit": 2})
   run.method._always = True
-  with pytest.raises(RunStopped, match="; 2 rollbacks; .*there is no checkpoint yet"):
+  with pytest.raises(RunStopped, match="; more than 2 rollbacks; .*there is no checkpoint yet"):
     loop.train(run, tmp_path)
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import shutil
 
 import jax
 import numpy as np
@@ -196,6 +197,38 @@ def test_the_same_text_as_other_tokens_is_refused(straight):
   other = dataclasses.replace(run, dataset=dataclasses.replace(run.dataset, tokens_fingerprint="0"))
   with pytest.raises(ConfigError, match="was trained on the same text as other tokens; its tokenizer has changed"):
     loop.train(other, workdir)
+
+
+def test_a_best_checkpoint_that_cannot_be_told_is_refused(data, tmp_path):
+  due = {"training.eval_every": 2, "training.checkpoint_every": 4}
+  run = tiny_run.assemble(data, "dense", **{"mesh.fsdp": 2, "training.keep_best": "validation/los", **due})
+  with pytest.raises(
+    ConfigError, match="keep_best='validation/los' is not one of validation/loss, validation/accuracy,"
+  ):
+    loop.train(run, tmp_path)
+  with pytest.raises(ConfigError, match="keep_best needs an evaluation at every checkpoint"):
+    tiny_run.assemble(data, "dense", **{"training.keep_best": "validation/loss", "training.eval_every": 3})
+
+
+def test_a_changed_config_is_kept_only_where_it_works(data, straight, tmp_path, capfd):
+  shutil.copytree(straight("dense")[1], tmp_path / "run")
+  fields = {"mesh.fsdp": 2}
+  saved = (tmp_path / "run" / "config.json").read_text()
+
+  def change(**settings):
+    loop.train(tiny_run.assemble(data, "dense", **fields, **settings), tmp_path / "run", change_config=True)
+
+  with pytest.raises(ConfigError, match=r"run is at step 8, past training\.steps=4"):
+    change(**{"training.steps": 4})
+  with pytest.raises(ConfigError, match=r"optimizer\.name: 'adamw' -> 'muon'; which cannot be changed within a run"):
+    change(**{"training.optimizer.name": "muon"})
+  with loop.in_use(tmp_path / "run"), pytest.raises(ConfigError, match="is in use"):
+    change(**{"training.steps": 12})
+  assert (tmp_path / "run" / "config.json").read_text() == saved
+  change(**{"training.steps": 12, "training.guard.spike": "skip"})  # whose window the checkpoint lacks
+  assert "changed: training.guard.spike: 'off' -> 'skip'\n" in capfd.readouterr().err
+  assert tiny_run.lines(tmp_path / "run")[-1]["step"] == 12
+  assert '"steps": 12' in (tmp_path / "run" / "config.json").read_text()
 
 
 def test_a_checkpoint_says_what_it_is_of(straight):

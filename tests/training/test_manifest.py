@@ -1,6 +1,7 @@
 """Every kind of damage to a checkpoint is noticed, named, and gone around."""
 
 import json
+import math
 import pathlib
 import re
 import shutil
@@ -113,7 +114,7 @@ def test_only_damaged_ones_are_no_reason_to_begin_anew(copied):
   for step in ("1", "2"):
     flip_one_bit(copied / step)
   for _ in range(2):  # the second time they have their new names
-    with pytest.raises(CheckpointError, match=r"no checkpoint in .* is good and at least one is damaged; mend it"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .* is good and the run would begin anew; mend one"):
       Checkpointer(copied, keep=2)
   assert sorted(p.name for p in copied.iterdir()) == ["1.damaged", "2.damaged"]
   (copied / "1.damaged").rename(copied / "1")
@@ -123,11 +124,36 @@ def test_only_damaged_ones_are_no_reason_to_begin_anew(copied):
 
 
 def test_a_run_killed_before_its_first_checkpoint_was_finished_begins_anew(copied):
-  for step in ("1", "2"):
-    (copied / step / manifest.MANIFEST).unlink()
+  shutil.rmtree(copied / "2")
+  (copied / "1" / manifest.MANIFEST).unlink()
   with Checkpointer(copied, keep=2) as checkpoints:
     assert checkpoints.latest_step() is None
-  assert sorted(p.name for p in copied.iterdir()) == ["1.unfinished", "2.unfinished"]
+  assert sorted(p.name for p in copied.iterdir()) == ["1.unfinished"]
+
+
+def test_two_without_a_manifest_are_no_kill_s_work(copied):
+  """A copy made without the files, perhaps; beginning anew would throw the run away."""
+  for step in ("1", "2"):
+    (copied / step / manifest.MANIFEST).unlink()
+  with pytest.raises(CheckpointError, match="is good and the run would begin anew"):
+    Checkpointer(copied, keep=2)
+
+
+def test_other_names_in_the_folder_are_left_alone(copied):
+  for name in ("007", "latest", "4 (copy)", "-3", "x_12"):
+    (copied / name).mkdir()
+  with Checkpointer(copied, keep=2) as checkpoints:
+    assert checkpoints.latest_step() == 2
+
+
+def test_one_found_damaged_later_is_set_aside_then(copied):
+  with Checkpointer(copied, keep=2) as checkpoints:
+    checkpoints.save(3, state(3), {})
+    checkpoints.wait()
+    flip_one_bit(copied / "3")
+    assert checkpoints.latest_step() == 2
+    checkpoints.save(3, state(3), {})
+    assert checkpoints.latest_step() == 3
 
 
 def test_a_second_damaged_one_of_the_same_step_finds_a_name(copied):
@@ -151,7 +177,7 @@ def test_manifest_lists_all_files_with_their_hashes(saved):
 
 
 def test_the_best_is_kept_beside_the_newest(tmp_path):
-  losses = {1: 3.0, 2: 1.0, 3: None, 4: 2.0, 5: 2.5, 6: None}
+  losses = {1: math.nan, 2: 1.0, 3: None, 4: 2.0, 5: 2.5, 6: None}
   with Checkpointer(tmp_path, keep=2, keep_best="validation/loss") as checkpoints:
     for step in (1, 2, 3, 4):
       checkpoints.save(step, state(step), {"metrics": {"validation/loss": losses[step]} if losses[step] else {}})

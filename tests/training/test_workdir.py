@@ -66,7 +66,9 @@ def test_a_config_may_be_changed_where_told_and_where_it_can(tmp_path, capfd):
   longer = {**saved, "training": {"steps": 20}}
   with pytest.raises(ConfigError, match="steps: 10 -> 20; choose another --workdir, or --change_config"):
     workdir.open_workdir(tmp_path, json.dumps(longer))
-  workdir.open_workdir(tmp_path, json.dumps(longer), change=True)
+  folder = workdir.open_workdir(tmp_path, json.dumps(longer), change=True)
+  assert workdir.load_config(tmp_path) == saved
+  workdir.keep_config(folder, json.dumps(longer))
   assert "changed: training.steps: 10 -> 20" in capfd.readouterr().err
   assert workdir.load_config(tmp_path) == longer
   for fixed in ({"data": {"batch_size": 4}}, {"seed": 1}, {"model": {"d_model": 64}}):
