@@ -207,7 +207,7 @@ def test_a_best_checkpoint_that_cannot_be_told_is_refused(data, tmp_path):
   ):
     loop.train(run, tmp_path)
   with pytest.raises(ConfigError, match="keep_best needs an evaluation at every checkpoint"):
-    tiny_run.assemble(data, "dense", **{"training.keep_best": "validation/loss", "training.eval_every": 3})
+    tiny_run.assemble(data, "dense", **{**due, "training.keep_best": "validation/loss", "training.eval_every": 3})
 
 
 def test_a_changed_config_is_kept_only_where_it_works(data, straight, tmp_path, capfd):
