@@ -46,7 +46,7 @@ def run(main: Callable[[list[str]], None], saves_on_sigterm: bool = False) -> No
       _join_others(saves_on_sigterm)
       main(argv)
     except ConfigError as error:
-      fail(str(error))
+      fail(str(error), at_once=error.leaves_threads)
     except RunStopped as error:
       fail(str(error), STOPPED)
     except KeyboardInterrupt:
@@ -57,11 +57,13 @@ def run(main: Callable[[list[str]], None], saves_on_sigterm: bool = False) -> No
   app.run(guarded, flags_parser=_parse_flags)
 
 
-def fail(message: str, code: int = USER_ERROR) -> None:
-  """Ends the program with a one-line error."""
+def fail(message: str, code: int = USER_ERROR, at_once: bool = False) -> None:
+  """Ends the program with a one-line error; `at_once` waits for no thread."""
   print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
-  if jax.distributed.is_initialized():
-    os._exit(code)  # the others may be waiting for this one, which would wait for them at exit
+  # Other processes may be waiting for this one, which would wait for them at exit.
+  if at_once or jax.distributed.is_initialized():
+    sys.stdout.flush()
+    os._exit(code)
   sys.exit(code)
 
 

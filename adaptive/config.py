@@ -18,7 +18,12 @@ import ml_collections
 
 
 class ConfigError(ValueError):
-  """A setting that cannot work. The message is one line, fit to be shown to the user as it is."""
+  """A setting that cannot work. The message is one line, fit to be shown to the user as it is.
+
+  `leaves_threads`: what failed may have left threads that hang, or go on to tell of it.
+  """
+
+  leaves_threads = False
 
 
 class RunStopped(Exception):  # noqa: N818 - it stopped as the config said

@@ -33,6 +33,8 @@ from adaptive.training import manifest
 class CheckpointError(ConfigError):
   """A checkpoint that cannot be written, found, read or fitted. The message is one line."""
 
+  leaves_threads = True
+
 
 def _worth_showing(record: logging.LogRecord) -> bool:
   return record.levelno >= logging.WARNING or f"{os.sep}orbax{os.sep}" not in record.pathname
