@@ -119,7 +119,7 @@ def agree(what: str, text: str) -> None:
   everyone = multihost_utils.process_allgather(digest)
   different = np.flatnonzero((everyone != everyone[0]).any(axis=1))
   require(
-    not len(different), f"the processes have different {what}: that of process {list(different)} is not process 0's"
+    not len(different), f"the processes have different {what}: that of process {different.tolist()} is not process 0's"
   )
 
 
