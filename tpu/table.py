@@ -21,7 +21,7 @@ BEGIN, END = "<!-- table -->\n", "<!-- end table -->"
 GRAD_ACCUM = {"v5e:16x16": 1, "v6e:8x8": 2, "v5p:2x2x4": 8}
 SIZES = ("1.7b", "360m", "135m")
 CELLS = [
-  (config, size, topology) for size in SIZES for config in ("dense_lm", "sorted_net_lm") for topology in GRAD_ACCUM
+  (config, size, topology) for config in ("dense_lm", "sorted_net_lm") for size in SIZES for topology in GRAD_ACCUM
 ]
 
 _FOLDER = flags.DEFINE_string("folder", "runs/ahead_of_time", "Where the reports lie.")
