@@ -300,8 +300,8 @@ class TrainingConfig:
     require_range(self, "training.", "keep_checkpoints", 2)
     require(
       not self.keep_best or (self.eval_every > 0 and self.checkpoint_every % self.eval_every == 0),
-      f"training.keep_best needs an evaluation at every checkpoint: training.checkpoint_every={self.checkpoint_every} "
-      f"must be a multiple of training.eval_every={self.eval_every}, which must not be 0",
+      "training.keep_best needs an evaluation at every checkpoint: set training.eval_every, and training."
+      f"checkpoint_every={self.checkpoint_every} to a multiple of it (now {self.eval_every})",
     )
     require_range(self, "training.", "eval_every checkpoint_every", 0)
 

@@ -41,9 +41,8 @@ def main() -> None:
       began = time.perf_counter()
       if saves:
         checkpoints.save(turn, loop._items(current), {})
-      for _ in range(window if saves is not None else 10):
-        step = int(current.step)
-        choice = np.asarray(made.method.sample(made.model, 0, step), np.int32)
+      for i in range(window if saves is not None else 10):
+        choice = np.asarray(made.method.sample(made.model, 0, turn * window + i), np.int32)
         current, metrics = step_fn(current, next(batches), choice)
       jax.block_until_ready(metrics)
       checkpoints.wait()

@@ -15,7 +15,7 @@ def get_config():
   widths = {2: (64, 128, 192, 256), 3: (128, 192, 256, 320), 4: (192, 256, 320), 5: (256, 320, 384), 6: (320, 384)}
   sizes = [(depth, 2, d_ff) for depth, choices in widths.items() for d_ff in choices]
   config.method.update(listed=tuple(sizes), scheme="sandwich", num_sampled=3)
-  config.training.update(steps=300)
+  config.training.update(steps=300, checkpoint_every=100)
   config.training.optimizer.update(name="muon", warmup_steps=40)
   config.evaluation.update(rows=128)
   return config

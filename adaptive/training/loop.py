@@ -240,7 +240,10 @@ def _headline(run: Run, position: Position) -> str:
   seq_len = run.experiment.data.seq_len
   full = run.method.cost(run.model, submodels[-1], seq_len, {})
   where = f"resuming at step {position.step}" if position.step else "from scratch"
+  if position.step == run.experiment.training.steps:
+    where = f"at step {position.step} already, its last: nothing to do"
+  family = f"{len(submodels)} sub-models" if len(submodels) > 1 else "1 sub-model"
   return (
-    f"{run.method_name}: {full.params_total:,} parameters, {len(submodels)} sub-models, {where}; "
+    f"{run.method_name}: {full.params_total:,} parameters, {family}, {where}; "
     f"{run.dataset.description}, fingerprint {run.dataset.fingerprint}; mesh {dict(run.mesh.shape)}"
   )
