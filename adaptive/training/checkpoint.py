@@ -33,8 +33,6 @@ from adaptive.training import manifest
 class CheckpointError(ConfigError):
   """A checkpoint that cannot be written, found, read or fitted. The message is one line."""
 
-  leaves_threads = True
-
 
 def _worth_showing(record: logging.LogRecord) -> bool:
   return record.levelno >= logging.WARNING or f"{os.sep}orbax{os.sep}" not in record.pathname
@@ -284,7 +282,9 @@ def _one_line(what: str) -> Iterator[None]:
     yield
   except Exception as error:
     reason = str(error).strip().splitlines() or [type(error).__name__]
-    raise CheckpointError(f"{what}: {reason[0]}") from error
+    failure = CheckpointError(f"{what}: {reason[0]}")
+    failure.leaves_threads = True
+    raise failure from error
 
 
 def _check_fits(path: pathlib.Path, stored: Any, wanted: Any) -> None:
