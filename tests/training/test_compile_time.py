@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 import tiny_run
-from jax.experimental.compilation_cache import compilation_cache
+from caches import cache_in
 
 from adaptive import config as configs
 from adaptive.methods import parse_config
@@ -23,14 +23,8 @@ ROOT = pathlib.Path(__file__).parent.parent.parent
 
 @pytest.fixture
 def _cache(tmp_path):
-  settings = {"jax_compilation_cache_dir": str(tmp_path), "jax_persistent_cache_min_compile_time_secs": 0.0}
-  before = {name: jax.config.values[name] for name in settings}
-  for chosen in (settings, before):
-    for name, value in chosen.items():
-      jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    if chosen is settings:
-      yield
+  with cache_in(tmp_path):
+    yield
 
 
 def program(name):

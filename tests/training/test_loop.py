@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 import tiny_run
-from jax.experimental.compilation_cache import compilation_cache
+from caches import cache_in
 
 from adaptive import config as configs
 from adaptive.config import ConfigError
@@ -31,17 +31,8 @@ VARIANTS = {
 @pytest.fixture(scope="module", autouse=True)
 def _compile_once(tmp_path_factory):
   """Three runs of a variant compile the same programs, as the runs of a user do, who has a cache too."""
-  settings = {
-    "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("cache")),
-    "jax_persistent_cache_min_compile_time_secs": 0.0,
-  }
-  before = {name: jax.config.values[name] for name in settings}
-  for chosen in (settings, before):
-    for name, value in chosen.items():
-      jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    if chosen is settings:
-      yield
+  with cache_in(tmp_path_factory.mktemp("cache")):
+    yield
 
 
 @pytest.fixture(scope="module")
