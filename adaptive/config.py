@@ -1,20 +1,15 @@
-"""Every setting of a run, as frozen dataclasses; the only reader of ConfigDict.
+"""Every setting of a run, as frozen dataclasses: typed, hashable, immutable values, which is what the code sees.
 
-A config file builds an `ml_collections.ConfigDict` from the defaults below (`to_config_dict`), so that a misspelt
-field fails where it is written. `from_config_dict` turns it back into typed, hashable, immutable values, which is what
-the rest of the code sees. Checks that need one dataclass only stand in its `__post_init__`; checks across them stand
-with the code that needs them and raise `ConfigError` too, before anything is compiled.
+`config_dict.py` turns them into what config files edit, and back. Checks that need one dataclass only stand in its
+`__post_init__`; checks across them stand with the code that needs them and raise `ConfigError` too, before anything is
+compiled.
 """
 
 import dataclasses
 import difflib
-import json
 import math
-import types
 import typing
 from typing import Any, Literal
-
-import ml_collections
 
 
 class ConfigError(ValueError):
@@ -350,88 +345,3 @@ class Experiment:
   training: TrainingConfig = TrainingConfig()
   evaluation: EvaluationConfig = EvaluationConfig()
   mesh: MeshConfig = MeshConfig()
-
-
-# Fields that may differ between a workdir's saved config and the command that resumes it: none changes what is learned.
-_FREE_ON_RESUME = (
-  "evaluation", "mesh", "training.eval_every", "training.checkpoint_every", "training.log_every",
-  "training.keep_checkpoints", "training.keep_best", "training.compilation_cache", "training.tensorboard",
-  "training.wandb",
-)  # fmt: skip
-
-
-def to_config_dict(experiment: Experiment, method_name: str) -> ml_collections.ConfigDict:
-  """The experiment as a locked ConfigDict, for config files and flags to edit."""
-  fields = dataclasses.asdict(experiment)
-  fields["method"] = {"name": method_name, **fields["method"]}
-  return ml_collections.ConfigDict(fields).lock()
-
-
-def from_config_dict(config: typing.Mapping[str, Any], method_config: type) -> Experiment:
-  """Typed experiment from a ConfigDict (or plain nested dict).
-
-  Args:
-    config: as `to_config_dict` returns it; missing fields take their defaults.
-    method_config: the `Config` dataclass of the method that `config["method"]["name"]` names.
-
-  Raises:
-    ConfigError: unknown field (the nearest known one is named), or a value of the wrong type or range.
-  """
-  config = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else dict(config)
-  method = {k: v for k, v in (config.get("method") or {}).items() if k != "name"}
-  return _build(Experiment, {**config, "method": _build(method_config, method, "method.")}, "")
-
-
-def _build(cls: type, values: typing.Mapping[str, Any], prefix: str) -> Any:
-  hints = typing.get_type_hints(cls)
-  known = [f.name for f in dataclasses.fields(cls)]
-  require(hasattr(values, "items"), f"{prefix.rstrip('.') or 'the config'} must have fields, not be {values!r}")
-  for name in values:
-    if name not in known:
-      raise ConfigError(f"unknown config field {prefix}{name}; {nearest(name, known, prefix)}")
-  return cls(**{name: _convert(hints[name], value, prefix + name) for name, value in values.items()})
-
-
-def _convert(hint: Any, value: Any, name: str) -> Any:
-  """Checks a leaf against its annotation; lists become tuples so that the result is hashable."""
-  origin = typing.get_origin(hint)
-  if dataclasses.is_dataclass(hint):
-    return value if isinstance(value, hint) else _build(hint, value, name + ".")
-  if hint is Any:
-    return value
-  if origin is Literal:
-    options = typing.get_args(hint)
-    require(value in options, f"{name}={value!r} is not one of {', '.join(map(repr, options))}")
-    return value
-  if origin is tuple:
-    require(isinstance(value, (list, tuple)), f"{name}={value!r} must be a tuple")
-    return tuple(_convert(typing.get_args(hint)[0], item, name) for item in value)
-  if origin in (typing.Union, types.UnionType):
-    options = typing.get_args(hint)
-    return None if value is None else _convert(next(o for o in options if o is not type(None)), value, name)
-  if hint is float and isinstance(value, int) and not isinstance(value, bool):
-    return float(value)
-  require(
-    isinstance(value, hint) and not (hint is int and isinstance(value, bool)),
-    f"{name}={value!r} must be of type {hint.__name__}",
-  )
-  return value
-
-
-def to_json(experiment: Experiment, method_name: str) -> str:
-  """The experiment as JSON text; `from_config_dict(json.loads(text), ...)` gives it back."""
-  return json.dumps(to_config_dict(experiment, method_name).to_dict(), indent=2) + "\n"
-
-
-def differences(saved: typing.Mapping[str, Any], wanted: typing.Mapping[str, Any], prefix: str = "") -> list[str]:
-  """Fields of two nested dicts that differ and matter on resume, as `field: saved -> wanted` texts."""
-  found = []
-  for key in sorted(set(saved) | set(wanted)):
-    name, old, new = prefix + key, saved.get(key), wanted.get(key)
-    if name in _FREE_ON_RESUME:
-      continue
-    if isinstance(old, dict) and isinstance(new, dict):
-      found += differences(old, new, name + ".")
-    elif json.dumps(old) != json.dumps(new):
-      found.append(f"{name}: {old!r} -> {new!r}")
-  return found

@@ -9,7 +9,7 @@ import tiny_run
 from places import Place
 
 from adaptive import methods
-from adaptive.config import to_json
+from adaptive.config_dict import to_json
 
 
 @pytest.fixture(scope="module")

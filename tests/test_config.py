@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from adaptive import config as configs
+from adaptive import config_dict
 from adaptive.config import ConfigError, Experiment, ModelConfig
 
 
@@ -15,11 +15,11 @@ class MethodConfig:
 
 
 def parse(**changes):
-  return configs.from_config_dict(changes, MethodConfig)
+  return config_dict.from_config_dict(changes, MethodConfig)
 
 
 def saved(**method):
-  return json.loads(configs.to_json(Experiment(method=MethodConfig(**method)), "some"))
+  return json.loads(config_dict.to_json(Experiment(method=MethodConfig(**method)), "some"))
 
 
 @pytest.mark.parametrize(("changes", "message"), [
@@ -98,14 +98,14 @@ def test_a_config_survives_json_and_config_dict():
   experiment = Experiment(
     method=MethodConfig(sizes=(1, 2), limit=3), seed=7, model=ModelConfig(num_layers=2, tied_embeddings=False)
   )
-  text = configs.to_json(experiment, "some")
+  text = config_dict.to_json(experiment, "some")
   assert json.loads(text)["method"]["name"] == "some"
-  assert configs.from_config_dict(json.loads(text), MethodConfig) == experiment
-  assert configs.from_config_dict(configs.to_config_dict(experiment, "some"), MethodConfig) == experiment
+  assert config_dict.from_config_dict(json.loads(text), MethodConfig) == experiment
+  assert config_dict.from_config_dict(config_dict.to_config_dict(experiment, "some"), MethodConfig) == experiment
 
 
 def test_a_config_dict_is_locked_against_unknown_fields_and_types():
-  config = configs.to_config_dict(Experiment(method=MethodConfig()), "some")
+  config = config_dict.to_config_dict(Experiment(method=MethodConfig()), "some")
   with pytest.raises(AttributeError):
     config.model.num_layer = 3
   with pytest.raises(TypeError):
@@ -117,19 +117,19 @@ def test_differences_name_the_fields_that_matter_on_resume():
   new["model"]["num_layers"] = 9
   new["training"]["optimizer"]["learning_rate"] = 0.1
   del new["data"]["seq_len"]
-  assert configs.differences(old, new) == [
+  assert config_dict.differences(old, new) == [
     "data.seq_len: 256 -> None",
     "method.sizes: [] -> [1]",
     "model.num_layers: 6 -> 9",
     "training.optimizer.learning_rate: 0.003 -> 0.1",
   ]
-  assert configs.differences(old, saved()) == []
+  assert config_dict.differences(old, saved()) == []
 
 
 def test_fields_that_change_nothing_learned_may_differ_on_resume():
   old, new = saved(), saved()
   new["mesh"]["data"], new["training"]["log_every"], new["evaluation"]["rows"] = 4, 1, 8
-  assert configs.differences(old, new) == []
+  assert config_dict.differences(old, new) == []
 
 
 def test_a_shallow_model_is_unrolled_and_a_deep_one_scanned():

@@ -9,6 +9,7 @@ from typing import Any
 import ml_collections
 
 from adaptive import config as configs
+from adaptive import config_dict
 from adaptive.methods import dense
 from adaptive.methods.contract import Method
 from adaptive.methods.width import sorted_net
@@ -27,11 +28,11 @@ def find(name: str) -> Method:
 
 def default_config(name: str) -> ml_collections.ConfigDict:
   """Every setting of a run of this method at its default, locked against unknown fields: what a config file edits."""
-  return configs.to_config_dict(configs.Experiment(method=find(name).Config()), name)
+  return config_dict.to_config_dict(configs.Experiment(method=find(name).Config()), name)
 
 
 def parse_config(config: Mapping[str, Any]) -> tuple[Method, configs.Experiment]:
   """The method and the typed experiment of a ConfigDict or of a saved config's JSON."""
   configs.require("name" in (config.get("method") or {}), "the config names no method: method.name is missing")
   method = find(config["method"]["name"])
-  return method, configs.from_config_dict(config, method.Config)
+  return method, config_dict.from_config_dict(config, method.Config)

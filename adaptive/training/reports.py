@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import jax
 
 from adaptive import config as configs
-from adaptive import sharding
+from adaptive import config_dict, sharding
 from adaptive.config import ConfigError, require
 from adaptive.evaluation import report
 from adaptive.evaluation.results import Family
@@ -107,7 +107,7 @@ def extract(workdir: str, step: int | None, name: str, output: str | None) -> No
   require(found is not None, f"sub-model {name} needs its method to run: it cannot be extracted")
   model_config, small = found
   dense = dataclasses.replace(run.experiment, model=model_config, method=METHODS["dense"].Config())
-  folder = open_workdir(output, configs.to_json(dense, "dense"))
+  folder = open_workdir(output, config_dict.to_json(dense, "dense"))
   origin = {"submodel": name, "method": run.method_name, "config": json.loads(run.config_json)}
   with Checkpointer(folder / CHECKPOINTS, keep=1) as checkpointer:
     # Saving a step that is there already does nothing, and an older step would not be the newest.

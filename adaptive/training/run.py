@@ -10,7 +10,7 @@ import optax
 from jax.sharding import Mesh
 
 from adaptive import config as configs
-from adaptive import sharding
+from adaptive import config_dict, sharding
 from adaptive.config import Experiment, require
 from adaptive.data import Dataset
 from adaptive.data import load as load_data
@@ -41,7 +41,7 @@ class Plan:
 
   @property
   def config_json(self) -> str:
-    return configs.to_json(self.experiment, self.method_name)
+    return config_dict.to_json(self.experiment, self.method_name)
 
 
 @dataclasses.dataclass(frozen=True)

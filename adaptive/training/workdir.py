@@ -14,7 +14,8 @@ from typing import Any
 
 import jax
 
-from adaptive.config import ConfigError, differences, require, to_json
+from adaptive.config import ConfigError, require
+from adaptive.config_dict import differences, to_json
 from adaptive.methods import parse_config
 
 CONFIG_FILE = "config.json"
@@ -33,7 +34,7 @@ def open_workdir(path: str | os.PathLike, config_json: str, change: bool = False
 
   Args:
     path: a folder; relative paths are relative to the current directory.
-    config_json: the experiment, as `adaptive.config.to_json` writes it.
+    config_json: the experiment, as `adaptive.config_dict.to_json` writes it.
     change: take this config where it differs from the workdir's; `keep_config` writes it once it is known to work.
       What says which batch a step reads, and what a checkpoint fits, may not be changed.
 
@@ -42,7 +43,7 @@ def open_workdir(path: str | os.PathLike, config_json: str, change: bool = False
 
   Raises:
     ConfigError: the folder cannot be written, holds something else, or belongs to another config. Fields that do not
-      change what is learned (`adaptive.config.differences`) may differ; the file keeps their first values.
+      change what is learned (`adaptive.config_dict.differences`) may differ; the file keeps their first values.
   """
   require("://" not in str(path), f"--workdir {path} is an address; it must be a folder of a mounted file system")
   folder = pathlib.Path(path).absolute()

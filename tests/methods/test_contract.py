@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import tiny
 
-from adaptive import config as configs
-from adaptive import methods
+from adaptive import config_dict, methods
 from adaptive.backbone.transformer import Transformer
 from adaptive.config import ConfigError
 from adaptive.methods import METHODS
@@ -115,7 +114,7 @@ def test_a_default_config_makes_the_round_trip(name):
   method, experiment = methods.parse_config(config)
   assert method is METHODS[name]
   assert experiment.method == method.Config()
-  again = methods.parse_config(json.loads(configs.to_json(experiment, name)))
+  again = methods.parse_config(json.loads(config_dict.to_json(experiment, name)))
   assert again == (method, experiment)
 
 

@@ -14,7 +14,7 @@ import pytest
 import tiny_run
 from caches import cache_in
 
-from adaptive import config as configs
+from adaptive import config_dict
 from adaptive.methods import parse_config
 from adaptive.training.compile_time import CompileTime
 
@@ -109,7 +109,7 @@ def get_config():
 def test_a_second_start_of_a_config_compiles_nothing_that_takes_long(tmp_path):
   """Programs under the cache's threshold of a fifth of a second are not kept; those of three times that surely are."""
   config = tiny_run.config(tiny_run.corpus(tmp_path / "corpus"), "sorted_net", **{"training.steps": 2})
-  fields = json.loads(configs.to_json(parse_config(config)[1], "sorted_net"))
+  fields = json.loads(config_dict.to_json(parse_config(config)[1], "sorted_net"))
   (tmp_path / "tiny.py").write_text(CONFIG.format(fields=json.dumps(fields)))
   environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
   environment.pop("JAX_COMPILATION_CACHE_DIR", None)

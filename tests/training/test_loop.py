@@ -10,7 +10,7 @@ import pytest
 import tiny_run
 from caches import cache_in
 
-from adaptive import config as configs
+from adaptive import config_dict
 from adaptive.config import ConfigError
 from adaptive.training import loop
 
@@ -241,7 +241,7 @@ def test_a_run_is_evaluated_on_devices_that_could_not_have_trained_it(data, tmp_
   _, experiment = tiny_run.parse_config(
     tiny_run.config(data, **{"data.batch_size": 6, "evaluation.batch_size": 5, "mesh.tensor": 3})
   )
-  (tmp_path / "config.json").write_text(configs.to_json(experiment, "sorted_net"))
+  (tmp_path / "config.json").write_text(config_dict.to_json(experiment, "sorted_net"))
   run = tiny_run.run.load_run(tmp_path, rows=7)
   assert dict(run.mesh.shape) == {"data": 8, "fsdp": 1, "tensor": 1}
   assert (run.experiment.evaluation.rows, run.experiment.evaluation.batch_size) == (7, 8)
