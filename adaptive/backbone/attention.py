@@ -21,13 +21,15 @@ class Context(NamedTuple):
   Attributes:
     sin, cos: rotary table, float32 [b, t, h / 2].
     mask: which keys a query may see, bool [b, 1, t, s]; None means plain causal.
-    cache_index: slot of the first token in the key/value cache, int32 []; None without a cache.
+    slots: where in the key/value cache this call's keys and values go: the slot of the first token, int32 [], the
+      others follow; or each token's own, int32 [b, t], where a slot past the end stores nothing. None with a cache:
+      keys and values are there already, and no new ones are computed.
   """
 
   sin: jax.Array
   cos: jax.Array
   mask: jax.Array | None = None
-  cache_index: jax.Array | None = None
+  slots: jax.Array | None = None
 
 
 class LayerCache(NamedTuple):
@@ -79,6 +81,15 @@ def cache_mask(index: jax.Array, length: int, slots: int) -> jax.Array:
   return (jnp.arange(slots)[None] <= index + jnp.arange(length)[:, None])[None, None]
 
 
+def write(cache: LayerCache, new: LayerCache, slots: jax.Array) -> LayerCache:
+  """The cache with new keys and values [b, t, k, h] in it; `slots` as in `Context`."""
+  if slots.ndim == 0:
+    return jax.tree.map(lambda old, x: jax.lax.dynamic_update_slice(old, x, (0, slots, 0, 0)), cache, new)
+  # vmap, not an index per row: the partitioner then sees that rows stay on their devices.
+  put = jax.vmap(lambda old, x, slot: old.at[slot].set(x, mode="drop"))
+  return jax.tree.map(lambda old, x: put(old, x, slots), cache, new)
+
+
 class Attention(nn.Module):
   """Causal grouped-query attention (Ainslie et al. 2023), [b, t, d] -> [b, t, d]."""
 
@@ -87,10 +98,12 @@ class Attention(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array, context: Context, cache: LayerCache | None = None):
     """Returns the output and the cache with this call's keys and values written in (None without a cache)."""
-    query, key, value = self._project(x, context)
-    if cache is not None:
-      start = (0, context.cache_index, 0, 0)
-      cache = LayerCache(*(jax.lax.dynamic_update_slice(*old_new, start) for old_new in zip(cache, (key, value))))
+    query = self._query(x, context)
+    if cache is None:
+      key, value = self._key_value(x, context)
+    else:
+      if context.slots is not None:
+        cache = write(cache, LayerCache(*self._key_value(x, context)), context.slots)
       key, value = cache
     attended = self._attend(query, key, value, context.mask)
     c = self.config
@@ -98,24 +111,32 @@ class Attention(nn.Module):
     out = param(self, "out", residual_init(c), shape, ("kv_heads", "q_per_kv", "head_dim", "embed"))
     return jnp.einsum("btkgh,kghd->btd", attended.reshape(*attended.shape[:2], *shape[:3]), out), cache
 
-  def _project(self, x: jax.Array, context: Context) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Rotated queries [b, t, k * g, h], rotated keys and plain values [b, t, k, h]."""
-    c, init = self.config, nn.initializers.normal(self.config.init_std)
-    k, g, h = c.num_kv_heads, c.q_per_kv, c.head_size
-    q_axes, kv_axes = ("kv_heads", "q_per_kv", "head_dim"), ("kv_heads", "head_dim")
-    query = jnp.einsum("btd,dkgh->btkgh", x, param(self, "query", init, (c.d_model, k, g, h), ("embed", *q_axes)))
-    key = jnp.einsum("btd,dkh->btkh", x, param(self, "key", init, (c.d_model, k, h), ("embed", *kv_axes)))
-    value = jnp.einsum("btd,dkh->btkh", x, param(self, "value", init, (c.d_model, k, h), ("embed", *kv_axes)))
+  def _query(self, x: jax.Array, context: Context) -> jax.Array:
+    """Rotated queries [b, t, k * g, h]."""
+    c = self.config
+    shape, axes = (c.num_kv_heads, c.q_per_kv, c.head_size), ("kv_heads", "q_per_kv", "head_dim")
+    init = nn.initializers.normal(c.init_std)
+    query = jnp.einsum("btd,dkgh->btkgh", x, param(self, "query", init, (c.d_model, *shape), ("embed", *axes)))
     if c.qkv_bias:
-      zeros = nn.initializers.zeros
-      query += param(self, "query_bias", zeros, (k, g, h), q_axes)[None, None]
-      key += param(self, "key_bias", zeros, (k, h), kv_axes)[None, None]
-      value += param(self, "value_bias", zeros, (k, h), kv_axes)[None, None]
+      query += param(self, "query_bias", nn.initializers.zeros, shape, axes)[None, None]
     if c.qk_norm:
       query = RMSNorm(c, "head_dim", name="query_norm")(query)
+    # Head n = (k, g) in that order: group n // g, as in grouped-query attention.
+    return apply_rope(query.reshape(*query.shape[:2], -1, c.head_size), context.sin, context.cos)
+
+  def _key_value(self, x: jax.Array, context: Context) -> tuple[jax.Array, jax.Array]:
+    """Rotated keys and plain values, [b, t, k, h]."""
+    c = self.config
+    shape, axes = (c.num_kv_heads, c.head_size), ("kv_heads", "head_dim")
+    init, zeros = nn.initializers.normal(c.init_std), nn.initializers.zeros
+    key = jnp.einsum("btd,dkh->btkh", x, param(self, "key", init, (c.d_model, *shape), ("embed", *axes)))
+    value = jnp.einsum("btd,dkh->btkh", x, param(self, "value", init, (c.d_model, *shape), ("embed", *axes)))
+    if c.qkv_bias:
+      key += param(self, "key_bias", zeros, shape, axes)[None, None]
+      value += param(self, "value_bias", zeros, shape, axes)[None, None]
+    if c.qk_norm:
       key = RMSNorm(c, "head_dim", name="key_norm")(key)
-    query = query.reshape(*query.shape[:2], k * g, h)  # head n = (k, g) in that order: group n // g, as in GQA
-    return apply_rope(query, context.sin, context.cos), apply_rope(key, context.sin, context.cos), value
+    return apply_rope(key, context.sin, context.cos), value
 
   def _attend(self, query, key, value, mask) -> jax.Array:
     """softmax(q k / sqrt(h)) v, [b, t, k * g, h]. The scale is the head size's, which no sub-model changes."""

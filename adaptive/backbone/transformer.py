@@ -43,6 +43,11 @@ class Transformer(nn.Module):
 
   config: ModelConfig
 
+  @property
+  def stacked(self) -> int:
+    """How many layers `layers` holds; fewer than run, where a subclass runs some of them several times."""
+    return self.config.num_layers
+
   def setup(self):
     c = self.config
     block = Block if c.remat == "none" else nn.remat(Block, prevent_cse=False, policy=REMAT_POLICIES[c.remat])
@@ -52,7 +57,7 @@ class Transformer(nn.Module):
       variable_axes={"params": 0},
       split_rngs={"params": True},
       in_axes=(nn.broadcast, 0),
-      length=c.num_layers,
+      length=self.stacked,
       unroll=c.unroll,
       metadata_params={nn.PARTITION_NAME: "layers"},
     )(c)
