@@ -44,6 +44,11 @@ def layer_flops(config: ModelConfig, attended: float) -> float:
   return 2 * matrices + 4 * attended * c.num_heads * h
 
 
+def key_value_flops(config: ModelConfig) -> float:
+  """The part of `layer_flops` that makes a token's keys and values."""
+  return 4.0 * config.d_model * config.num_kv_heads * config.head_size
+
+
 def head_flops(config: ModelConfig) -> float:
   """Forward FLOPs of the output head for one token."""
   return 2.0 * config.vocab_size * config.d_model

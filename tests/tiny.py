@@ -19,12 +19,13 @@ def model_config(**changes) -> ModelConfig:
   return ModelConfig(**{**fields, **changes})
 
 
-def shapes(config: ModelConfig):
-  """Abstract parameters, boxed with their logical axis names."""
-  return jax.eval_shape(lambda: init_params(Transformer(config), jax.random.key(0)))
+def shapes(model: ModelConfig | nn.Module):
+  """Abstract parameters of a model, or of the plain one with this config, boxed with their logical axis names."""
+  model = Transformer(model) if isinstance(model, ModelConfig) else model
+  return jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
 
 
-def random_params(config: ModelConfig, seed: int = 0):
+def random_params(model: ModelConfig | nn.Module, seed: int = 0):
   """Parameters large enough for every one of them to matter: no norm is 1, no bias is 0."""
   rng = np.random.default_rng(seed)
 
@@ -32,7 +33,7 @@ def random_params(config: ModelConfig, seed: int = 0):
     noise = rng.normal(size=leaf.shape)
     return jnp.asarray(1 + 0.2 * noise if path[-1].key == "scale" else 0.3 * noise, leaf.dtype)
 
-  return jax.tree_util.tree_map_with_path(values, nn.unbox(shapes(config)))
+  return jax.tree_util.tree_map_with_path(values, nn.unbox(shapes(model)))
 
 
 def packed_batch(config: ModelConfig, rows: int = 2, length: int = 12, seed: int = 0) -> dict:
@@ -84,9 +85,9 @@ def mesh(data: int = -1, fsdp: int = 1, tensor: int = 1):
   return sharding.make_mesh(MeshConfig(data, fsdp, tensor))
 
 
-def spread(config: ModelConfig, params, batch, on):
+def spread(model: ModelConfig | nn.Module, params, batch, on):
   """Parameters and batch on the devices of a mesh."""
-  params = jax.device_put(params, sharding.state_shardings(shapes(config), on))
+  params = jax.device_put(params, sharding.state_shardings(shapes(model), on))
   return params, jax.device_put(batch, sharding.batch_sharding(on))
 
 

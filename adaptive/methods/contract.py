@@ -5,10 +5,12 @@ that carries both configs, so every function takes just the model.
 """
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import flax.linen as nn
 import jax
+from jax.sharding import Mesh
 
 from adaptive.config import ModelConfig
 from adaptive.cost import Cost
@@ -72,7 +74,10 @@ class Method(Protocol):
     """All sub-models that the method trains, the full model last. An index below is a position in this list."""
 
   def sample(self, model: nn.Module, seed: int, step: int) -> tuple[int, ...]:
-    """Indices of the sub-models of one step: a pure function of (seed, step), so all hosts and resumed runs agree."""
+    """Indices of the sub-models of one step: a pure function of (seed, step), so all hosts and resumed runs agree.
+
+    A method that trains in stages, each compiled by itself, may choose numbers of stages where `static_choice`.
+    """
 
   def static_choice(self, model: nn.Module) -> bool:
     """Whether `loss` needs the indices at trace time (one compile per choice) or takes them traced (one for all)."""
@@ -89,11 +94,33 @@ class Method(Protocol):
     shape [len(choice)] is one value for each sub-model of the choice.
     """
 
+  def control(self, model: nn.Module, params: Params, metrics: Metrics) -> Params:
+    """Parameters after an update, changed where a controller decides and no gradient; for most methods, as they are.
+
+    What a controller remembers is a parameter to which no gradient flows, so it is saved, sharded and evaluated as all
+    others are. `metrics` are those of the whole update.
+    """
+
+  def learning_rates(self, model: nn.Module) -> Mapping[str, float]:
+    """Factors of the learning rate by top-level name of the parameters; 1 where it says nothing, 0 is frozen.
+
+    Parameters of one factor are clipped together, by themselves.
+    """
+
+  def init_from(self, model: nn.Module, params: Params, source: Params, how: str, seed: int) -> Params:
+    """Fresh parameters with those of a trained dense model of the same `ModelConfig` put in (`training.init_from`).
+
+    `how` is `training.init_layers`, for methods whose layers are not the model's own.
+    """
+
   def forward(self, model: nn.Module, params: Params, batch: Batch, index: int | jax.Array) -> Output:
     """The sub-model's causal forward pass: cut out at trace time for an int, one program for all for a traced index.
 
     IndexError for an int out of range (`check_index`). A traced index out of range is clamped by JAX, not noticed.
     """
+
+  def diagnose(self, model: nn.Module, params: Params, batches: Sequence[Batch], mesh: Mesh) -> Mapping[str, float]:
+    """What an evaluation should tell of the full model beside its loss, by name, on held-out batches; often nothing."""
 
   def cost(self, model: nn.Module, submodel: SubModel, seq_len: int, realised: Metrics) -> Cost:
     """Analytic cost of a sub-model on sequences of seq_len tokens, given what `Output.aux` measured."""

@@ -1,8 +1,10 @@
 """The plain backbone: nothing is left out. The ruler for every other method, and the shortest example of one."""
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 
 import jax
+from jax.sharding import Mesh
 
 from adaptive import cost as costs
 from adaptive import losses
@@ -42,9 +44,25 @@ def loss(model: Transformer, params: Params, batch: Batch, choice, key, step) ->
   return losses.mean(pair), {"loss": pair}
 
 
+def control(model: Transformer, params: Params, metrics: Metrics) -> Params:
+  return params
+
+
+def learning_rates(model: Transformer) -> Mapping[str, float]:
+  return {}
+
+
+def init_from(model: Transformer, params: Params, source: Params, how: str, seed: int) -> Params:
+  return source
+
+
 def forward(model: Transformer, params: Params, batch: Batch, index) -> Output:
   check_index(index, 1)
   return Output(model.apply({"params": params}, batch), {})
+
+
+def diagnose(model: Transformer, params: Params, batches: Sequence[Batch], mesh: Mesh) -> Mapping[str, float]:
+  return {}
 
 
 def cost(model: Transformer, submodel: SubModel, seq_len: int, realised: Metrics) -> costs.Cost:

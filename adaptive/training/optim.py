@@ -1,5 +1,7 @@
 """Optimizers and learning-rate schedules, all from optax; what is ours is which parameter gets which treatment."""
 
+import types
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -48,7 +50,7 @@ def muon_dimensions(params: Params) -> Params:
 
   def dimensions(path, leaf):
     names = [key.key for key in path]
-    if names[0] == "embedding" or not _is_matrix(names[-1]):
+    if names[0] != "layers" or not _is_matrix(names[-1]):
       return None
     axes = tuple(range(1, leaf.ndim))
     split = len(axes) - 1 if names[-1] in ("out", "down") else 1
@@ -57,16 +59,34 @@ def muon_dimensions(params: Params) -> Params:
   return jax.tree_util.tree_map_with_path(dimensions, params)
 
 
-def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-  """Clipping by the global norm, then AdamW (Loshchilov and Hutter 2019) or Muon (Jordan et al. 2024)."""
-  rate = schedule(config, steps, config.learning_rate)
+def make_optimizer(
+  config: OptimizerConfig, steps: int, factors: Mapping[str, float] = types.MappingProxyType({})
+) -> optax.GradientTransformation:
+  """Clipping by the global norm, then AdamW (Loshchilov and Hutter 2019) or Muon (Jordan et al. 2024).
+
+  Args:
+    factors: of the learning rate, by top-level name of the parameters, where it is not 1. Parameters of one factor are
+      clipped together; those of factor 0 stay as they are, and have no moments.
+  """
+  groups = {str(factor): _one_rate(config, steps, factor) for factor in {1.0, *factors.values()}}
+  label = lambda params: {
+    name: jax.tree.map(lambda _, n=name: str(factors.get(n, 1.0)), part) for name, part in params.items()
+  }
+  update = optax.partition(groups, label) if factors else groups["1.0"]
+  return freeze_inactive(update) if config.inactive == "freeze" else update
+
+
+def _one_rate(config: OptimizerConfig, steps: int, factor: float) -> optax.GradientTransformation:
+  if factor == 0:
+    return optax.set_to_zero()
+  rate = schedule(config, steps, config.learning_rate * factor)
   mu_dtype = config.mu_dtype or None
   if config.name == "adamw":
     adam = dict(b1=config.b1, b2=config.b2, eps=config.eps, mu_dtype=mu_dtype)
     update = optax.adamw(rate, **adam, weight_decay=config.weight_decay, mask=decay_mask)
   else:
     update = optax.contrib.muon(
-      schedule(config, steps, config.muon_learning_rate),
+      schedule(config, steps, config.muon_learning_rate * factor),
       beta=config.b1,
       eps=config.eps,
       mu_dtype=mu_dtype,
@@ -80,7 +100,7 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     )
   if config.clip_norm:
     update = optax.chain(optax.clip_by_global_norm(config.clip_norm), update)
-  return freeze_inactive(update) if config.inactive == "freeze" else update
+  return update
 
 
 def freeze_inactive(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:

@@ -85,7 +85,8 @@ def plan(
     f"data.batch_size={e.data.batch_size} must be a multiple of {parts * rows_over}: {parts} micro-batches (training."
     f"grad_accum x sub-models that split a batch) on {rows_over} data-parallel devices",
   )
-  return Plan(e, method, model, make_optimizer(e.training.optimizer, e.training.steps), mesh)
+  optimizer = make_optimizer(e.training.optimizer, e.training.steps, method.learning_rates(model))
+  return Plan(e, method, model, optimizer, mesh)
 
 
 def assemble(method: Method, experiment: Experiment, training: bool = True) -> Run:

@@ -43,7 +43,7 @@ def make_step(
     grad_norm = optax.tree.norm(grads)
     verdict, judged = guards.judge(guard, state.guard, losses.mean(metrics["loss"]), grad_norm)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    made = optax.apply_updates(state.params, updates), opt_state
+    made = method.control(model, optax.apply_updates(state.params, updates), metrics), opt_state
     params, opt_state = guards.choose(verdict, made, (state.params, state.opt_state))
     found = dict(grad_norm=grad_norm, verdict=verdict, skipped_updates=judged.skipped, skipped_in_a_row=judged.in_a_row)
     metrics = {**metrics, **{name: (value, jnp.ones(())) for name, value in found.items()}}

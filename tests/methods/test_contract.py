@@ -16,10 +16,16 @@ from adaptive.methods.contract import Method, SubModel
 from adaptive.methods.width import sorted_net
 
 # Settings that leave each method something to choose.
-SETTINGS = {"sorted_net": dict(depths=(2, 4), q_per_kv=(1, 3), d_ff=(8, 24))}
+SETTINGS = {
+  "sorted_net": dict(depths=(2, 4), q_per_kv=(1, 3), d_ff=(8, 24)),
+  "mixture_of_recursions": dict(num_recursions=2, threshold_shifts=(0.5,), capacity_scales=(0.5,)),
+}
+# Models whose full dial is, by their paper, no plain transformer; their own tests say what it is.
+NOT_PLAIN = ("mixture_of_recursions",)
 FUNCTIONS = [name for name, value in vars(Method).items() if inspect.isfunction(value) and not name.startswith("_")]
 MODEL = tiny.model_config()
 every_method = pytest.mark.parametrize("name", METHODS)
+every_plain_method = pytest.mark.parametrize("name", [name for name in METHODS if name not in NOT_PLAIN])
 
 
 def built(name):
@@ -46,25 +52,32 @@ def test_a_method_s_config_is_frozen_and_hashable(name):
   hash(config)
 
 
-@every_method
+@every_plain_method
 def test_the_full_dial_is_the_dense_model(name):
   method, model = built(name)
-  params, batch = tiny.random_params(MODEL), tiny.packed_batch(MODEL)
-  plain = jax.jit(Transformer(MODEL).apply)({"params": params}, batch)
+  params, batch = tiny.random_params(model), tiny.packed_batch(MODEL)
+  config, extracted = method.extract(model, params, method.submodels(model)[-1])
+  assert config == MODEL
+  plain = jax.jit(Transformer(MODEL).apply)({"params": extracted}, batch)
   last = len(method.submodels(model)) - 1
   for index in (last, np.int32(last)):
     found = jax.jit(lambda p, i=index: method.forward(model, p, batch, i).logits)(params)
     np.testing.assert_array_equal(found, plain)
   np.testing.assert_array_equal(jax.jit(model.apply)({"params": params}, batch), plain)
-  config, extracted = method.extract(model, params, method.submodels(model)[-1])
-  assert config == MODEL
-  tiny.assert_trees_equal(extracted, params)
+
+
+@every_method
+def test_called_on_a_batch_a_model_computes_its_full_sub_model(name):
+  method, model = built(name)
+  params, batch = tiny.random_params(model), tiny.packed_batch(MODEL)
+  full = method.forward(model, params, batch, len(method.submodels(model)) - 1).logits
+  np.testing.assert_allclose(model.apply({"params": params}, batch), full, rtol=1e-5, atol=1e-5)
 
 
 @every_method
 def test_an_index_out_of_range_is_refused_as_an_int_and_clamped_as_a_traced_number(name):
   method, model = built(name)
-  params, batch, number = tiny.random_params(MODEL), tiny.packed_batch(MODEL), len(method.submodels(model))
+  params, batch, number = tiny.random_params(model), tiny.packed_batch(MODEL), len(method.submodels(model))
   for wrong in (-1, number):
     with pytest.raises(IndexError, match=f"there is no sub-model {wrong}: they are numbered 0 to {number - 1}"):
       method.forward(model, params, batch, wrong)
@@ -79,7 +92,7 @@ def test_names_are_unique_and_costs_grow_to_the_full_model(name):
   assert len({s.name for s in submodels}) == len(submodels)
   costs = [method.cost(model, s, 16, {}) for s in submodels]
   assert max(costs, key=lambda c: c.flops_per_token) == costs[-1]
-  assert costs[-1].params_total == sum(leaf.size for leaf in jax.tree.leaves(tiny.random_params(MODEL)))
+  assert costs[-1].params_total == sum(leaf.size for leaf in jax.tree.leaves(tiny.random_params(model)))
 
 
 @every_method
@@ -89,7 +102,7 @@ def test_samples_are_indices_of_sub_models_and_the_loss_takes_them(name):
   assert set(choice) <= set(range(len(method.submodels(model))))
   batch = tiny.packed_batch(MODEL, rows=4)
   argument = choice if method.static_choice(model) else np.asarray(choice, np.int32)
-  loss, metrics = method.loss(model, tiny.random_params(MODEL), batch, argument, jax.random.key(0), 0)
+  loss, metrics = method.loss(model, tiny.random_params(model), batch, argument, jax.random.key(0), 0)
   total, count = metrics["loss"]
   assert np.isfinite(float(loss))
   assert float(count) == float((batch["segment_ids"] > 0).sum())
@@ -133,7 +146,7 @@ def test_the_nearest_field_is_named():
 
 
 def test_an_unknown_method_is_refused_with_the_known_ones():
-  with pytest.raises(ConfigError, match=r"unknown method 'sortednet'; the methods are dense, sorted_net"):
+  with pytest.raises(ConfigError, match="unknown method 'sortednet'; the methods are dense, mix.*, sorted_net"):
     methods.default_config("sortednet")
   with pytest.raises(ConfigError, match=r"method.name is missing"):
     methods.parse_config({"method": {}})

@@ -20,11 +20,13 @@ Departures from the papers, with reasons (of SortedNet's only the abstract was r
 import dataclasses
 import itertools
 import math
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from adaptive import cost as costs
 from adaptive import executors, losses, sharding
@@ -286,6 +288,22 @@ def _multi_exit_loss(model: SortedNet, params: Params, batch: Batch, choice) -> 
 
   pairs = jax.lax.map(exit_loss, executors.exits(model.config, params, batch, depths))
   return jnp.sum(losses.mean(pairs) * (weights / weights.sum())), _metrics(pairs)
+
+
+def control(model: SortedNet, params: Params, metrics: Metrics) -> Params:
+  return params
+
+
+def learning_rates(model: SortedNet) -> Mapping[str, float]:
+  return {}
+
+
+def init_from(model: SortedNet, params: Params, source: Params, how: str, seed: int) -> Params:
+  return source
+
+
+def diagnose(model: SortedNet, params: Params, batches: Sequence[Batch], mesh: Mesh) -> Mapping[str, float]:
+  return {}
 
 
 def cost(model: SortedNet, submodel: SubModel, seq_len: int, realised: Metrics) -> costs.Cost:

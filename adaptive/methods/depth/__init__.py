@@ -1,0 +1,1 @@
+"""Methods that leave out layers, or repeats of a shared block."""

@@ -1,0 +1,120 @@
+"""Mixture-of-Recursions: a shared block of layers runs several times, for each token as often as a router says.
+
+Bae et al., "Mixture-of-Recursions: Learning Dynamic Recursive Depths for Adaptive Token-Level Computation" (arXiv
+2507.10524, NeurIPS 2025). `expert_choice` and `token_choice` are Section 2.2.1, `blocks` has the key/value rules of
+Section 2.2.2, `causal` what decides at inference (Section 5.2, Appendix A.2), `adaptive.recursion` the sharing.
+
+Departures from the paper and its released code, with reasons:
+- attention is shared as the paper says (the released conversion unties it);
+- inference is causal: routers decide by threshold, in evaluation too, where the released code takes the top k of a row;
+- a recursion that takes all tokens of the one before lets all pass at inference: there was nothing to learn;
+- packed documents do not see each other, and padding is chosen last and is no target of a router;
+- the router loss is a mean over the update's tokens (the released sum over micro-batches grows with their number);
+- router scores are float32; `wide_mlp` is as wide as the paper says;
+- with `shared` keys and values only chosen tokens are computed, as queries (the released code computes all);
+- matrices that write to the residual stream are initialised by the unrolled depth, as everywhere in this project.
+"""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from adaptive import losses, recursion
+from adaptive.config import ModelConfig
+from adaptive.methods.contract import Batch, Metrics, Output, Params, SubModel, check_index
+from adaptive.methods.depth.mixture_of_recursions import causal, token_choice
+from adaptive.methods.depth.mixture_of_recursions.accounting import cost, update_flops
+from adaptive.methods.depth.mixture_of_recursions.causal import Rule
+from adaptive.methods.depth.mixture_of_recursions.config import Config, check, stage_of
+from adaptive.methods.depth.mixture_of_recursions.diagnosis import diagnose
+from adaptive.methods.depth.mixture_of_recursions.model import MixtureOfRecursions, causal_logits, training_logits
+
+__all__ = [
+  "Config", "batch_parts", "build", "control", "cost", "diagnose", "extract", "forward", "init_from", "learning_rates",
+  "loss", "sample", "static_choice", "submodels", "update_flops",
+]  # fmt: skip
+
+
+def build(model_config: ModelConfig, config: Config) -> MixtureOfRecursions:
+  check(model_config, config)
+  return MixtureOfRecursions(model_config, method=config)
+
+
+def submodels(model: MixtureOfRecursions) -> tuple[SubModel, ...]:
+  """Fewer recursions; all of them with another threshold, and with a bound on the tokens; the full model last."""
+  config = model.method
+  every = dict(recursions=config.num_recursions)
+  return (
+    *(SubModel.of(recursions=number) for number in config.fewer),
+    *(SubModel.of(**every, threshold_shift=shift) for shift in config.threshold_shifts),
+    *(SubModel.of(**every, capacity_scale=scale) for scale in config.capacity_scales),
+    SubModel.of(**every),
+  )
+
+
+def rule_of(submodel: SubModel) -> Rule:
+  """The dial as `causal` takes it."""
+  return Rule(**dict(submodel.dial))
+
+
+def sample(model: MixtureOfRecursions, seed: int, step: int) -> tuple[int, ...]:
+  """Training is always of the full model; during the capacity warm-up the choice is its stage."""
+  config = model.method
+  if not config.warmup_steps:
+    return (len(submodels(model)) - 1,)
+  stage = stage_of(config, step)
+  return (config.warmup_stages if stage is None else stage,)
+
+
+def static_choice(model: MixtureOfRecursions) -> bool:
+  return model.method.warmup_steps > 0
+
+
+def batch_parts(model: MixtureOfRecursions) -> int:
+  return 1
+
+
+def loss(model: MixtureOfRecursions, params: Params, batch: Batch, choice, key, step) -> tuple[jax.Array, Metrics]:
+  """Next-token cross entropy, with the losses of the routers."""
+  config = model.method
+  stage = choice[0] if config.warmup_steps and choice[0] < config.warmup_stages else None
+  logits, router_losses, metrics = training_logits(model, params, batch, stage, key, step)
+  pair = losses.cross_entropy(logits, batch["targets"], batch["segment_ids"] > 0)
+  return losses.mean(pair) + router_losses, {"loss": pair, **metrics}
+
+
+def forward(model: MixtureOfRecursions, params: Params, batch: Batch, index: int | jax.Array) -> Output:
+  """Logits under the causal rule. All tokens are computed, what is not kept is masked."""
+  family = [rule_of(submodel) for submodel in submodels(model)]
+  check_index(index, len(family))
+  if isinstance(index, int):
+    rule = family[index]
+  else:
+    rule = Rule(*(jnp.asarray(np.array(column))[index] for column in zip(*family)))
+  logits, keeps = causal_logits(model, params, batch, rule)
+  return Output(logits, causal.realised(model, keeps, batch["segment_ids"] > 0))
+
+
+def control(model: MixtureOfRecursions, params: Params, metrics: Metrics) -> Params:
+  """Loss-free balancing moves the bias of the choice, after each update."""
+  if model.method.balance != "loss_free":
+    return params
+  bias = token_choice.balanced(model, params["router"]["bias"], metrics)
+  return {**params, "router": {**params["router"], "bias": bias}}
+
+
+def learning_rates(model: MixtureOfRecursions) -> Mapping[str, float]:
+  """The auxiliary router learns ten times as fast as the rest, clipped by itself (the released code)."""
+  return {"aux_router": 10.0} if model.method.inference == "aux_router" else {}
+
+
+def init_from(model: MixtureOfRecursions, params: Params, source: Params, how: str, seed: int) -> Params:
+  """The layers of a dense model of the unrolled depth, tied; routers stay fresh."""
+  tied = recursion.tie(model.sharing, source["layers"], how, seed)
+  return {**params, **source, "layers": tied}
+
+
+def extract(model: MixtureOfRecursions, params: Params, submodel: SubModel) -> None:
+  """A token's path is decided as it runs, so no plain model is equal."""

@@ -1,0 +1,107 @@
+"""One recursion of the shared block under each key/value rule (Section 2.3 of the paper), on any tokens of a row."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from adaptive import recursion, routing
+from adaptive.backbone.attention import Context, LayerCache
+from adaptive.config import ModelConfig
+from adaptive.methods.depth.mixture_of_recursions.config import Config, KeyValues
+
+
+class Tokens(NamedTuple):
+  """Some tokens of each row, in order.
+
+  Attributes:
+    index: their positions in the row, int32 [b, n].
+    segment_ids: of packed documents, int32 [b, n]; 0 is padding.
+    sin, cos: rotary table at their positions in their documents, float32 [b, n, h / 2].
+  """
+
+  index: jax.Array
+  segment_ids: jax.Array
+  sin: jax.Array
+  cos: jax.Array
+
+  @property
+  def real(self) -> jax.Array:
+    """Bool [b, n]: no padding."""
+    return self.segment_ids > 0
+
+  def take(self, index: jax.Array) -> "Tokens":
+    return Tokens(*(routing.take(x, index) for x in self))
+
+
+def tokens_of(batch: dict[str, jax.Array], context: Context) -> Tokens:
+  """All tokens of a batch."""
+  segments = batch["segment_ids"]
+  index = jnp.broadcast_to(jnp.arange(segments.shape[1], dtype=jnp.int32), segments.shape)
+  return Tokens(index, segments, context.sin, context.cos)
+
+
+def visible(queries: Tokens, keys: Tokens, keep: jax.Array | None = None) -> jax.Array:
+  """Whether each query may see each key, bool [b, 1, t, s]: earlier, of its own document, and kept (or itself)."""
+  before = keys.index[:, None, :] <= queries.index[:, :, None]
+  same = keys.segment_ids[:, None, :] == queries.segment_ids[:, :, None]
+  if keep is not None:
+    same &= keep[:, None, :] | (keys.index[:, None, :] == queries.index[:, :, None])
+  return (before & same)[:, None]
+
+
+class Block(NamedTuple):
+  """The shared block as the recursions of one forward pass run it.
+
+  Attributes:
+    model, kv_cache: settings. layers: its stacked parameters [j, ...]. everyone: all tokens of the batch.
+  """
+
+  model: ModelConfig
+  kv_cache: KeyValues
+  layers: recursion.Params
+  everyone: Tokens
+
+  def __call__(
+    self,
+    which: int,
+    x: jax.Array,
+    tokens: Tokens,
+    base: LayerCache | None,
+    keep: jax.Array | None = None,
+  ) -> tuple[jax.Array, LayerCache | None]:
+    """Recursion `which` (from 0) on some tokens.
+
+    Args:
+      x: their residual stream, [b, n, d].
+      base: keys and values of the first recursion, stacked [j, b, s, k, h]; None before it.
+      keep: bool [b, n]: which of the tokens the recursion is for; the others' results mean nothing. None: all.
+
+    Returns:
+      The block's output [b, n, d], and the keys and values of the first recursion.
+    """
+    if self.kv_cache == "recursion_wise":
+      return self._run(x, tokens, visible(tokens, tokens, keep))[0], None
+    if which == 0:
+      return self._run(x, tokens, visible(tokens, tokens, keep), jnp.int32(0), self._empty(x))
+    slots = None
+    if self.kv_cache == "hybrid":
+      length = self.everyone.index.shape[1]
+      slots = tokens.index if keep is None else jnp.where(keep, tokens.index, length)
+    return self._run(x, tokens, visible(tokens, self.everyone), slots, base)[0], base
+
+  def _run(self, x, tokens: Tokens, mask, slots=None, cache=None):
+    return recursion.run_layers(self.model, self.layers, x, Context(tokens.sin, tokens.cos, mask, slots), cache)
+
+  def _empty(self, x: jax.Array) -> LayerCache:
+    number = jax.tree.leaves(self.layers)[0].shape[0]
+    shape = (number, *x.shape[:2], self.model.num_kv_heads, self.model.head_size)
+    return LayerCache(jnp.zeros(shape, x.dtype), jnp.zeros(shape, x.dtype))
+
+
+def gate(config: Config, scores: jax.Array) -> jax.Array:
+  """alpha f(s) of router scores [b, n, e], float32; a softmax is over e."""
+  if config.router == "random":
+    return config.alpha * scores
+  functions = {"sigmoid": jax.nn.sigmoid, "tanh": jnp.tanh, "softmax": jax.nn.softmax}
+  return config.alpha * functions[config.gate](scores)

@@ -1,0 +1,149 @@
+"""What methods that route tokens share: routers, selection, gather and scatter, budgets, balance and z losses.
+
+Rows never mix: every gather and scatter is batched over rows, so on a mesh that shards the batch none of them moves an
+activation between devices. Selections keep the tokens' order, so an ordinary causal mask over the selected ones is
+right.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from adaptive.backbone.layers import param
+from adaptive.config import ModelConfig
+from adaptive.losses import SumCount
+
+Params = dict[str, jax.Array]
+RouterKind = Literal["linear", "mlp", "wide_mlp"]
+
+_HIDDEN = {"linear": 0, "mlp": 2, "wide_mlp": 4}  # hidden width in units of d_model
+
+
+class Router(nn.Module):
+  """Declares the parameters of several routers of one kind, stacked; `router_logits` runs them.
+
+  `linear` is d -> outputs, `mlp` d -> 2 d -> outputs and `wide_mlp` d -> 4 d -> outputs, without biases. `balanced`
+  adds `bias` [outputs], for a controller to move: it takes part in no score, so no gradient reaches it.
+  """
+
+  config: ModelConfig
+  kind: RouterKind
+  number: int
+  outputs: int
+  balanced: bool = False
+
+  @nn.compact
+  def __call__(self) -> None:
+    width, init = self.config.d_model, nn.initializers.normal(self.config.init_std)
+    hidden = _HIDDEN[self.kind] * width
+    if hidden:
+      param(self, "hidden", init, (self.number, width, hidden), (None, None, None))
+    param(self, "weight", init, (self.number, hidden or width, self.outputs), (None, None, None))
+    if self.balanced:
+      param(self, "bias", nn.initializers.zeros, (self.outputs,), (None,))
+
+
+def router_logits(params: Params, which: int, x: jax.Array, temperature: float = 1.0) -> jax.Array:
+  """Scores of the residual stream itself, [b, t, d] -> float32 [b, t, outputs].
+
+  In float32 whatever the model computes in: bfloat16 would tie scores, and a tie decides a token's path.
+  """
+  x = x.astype(jnp.float32) / temperature
+  if "hidden" in params:
+    x = nn.gelu(jnp.einsum("btd,df->btf", x, params["hidden"][which].astype(jnp.float32)), approximate=False)
+  return jnp.einsum("btf,fe->bte", x, params["weight"][which].astype(jnp.float32))
+
+
+def capacity_tokens(capacity: float, seq_len: int, chunk: int = 0, multiple: int = 1) -> int:
+  """Tokens that a capacity (a share of the whole row) stands for, of `seq_len`.
+
+  Args:
+    chunk: tokens of each of the equal pieces that a row is cut into, in each of which ceil(capacity * chunk) are taken;
+      0 takes floor(capacity * seq_len) of the row.
+    multiple: rounds to the nearest multiple of this, which suits a matrix unit; 1 leaves the number alone.
+  """
+  # A third of 255 is 85, whatever floating point makes of it.
+  tokens = math.ceil(capacity * chunk - 1e-9) if chunk else math.floor(capacity * seq_len + 1e-9)
+  tokens = min(max(round(tokens / multiple), 1) * multiple, chunk or seq_len)
+  return tokens * (seq_len // chunk) if chunk else tokens
+
+
+def top(scores: jax.Array, tokens: int, chunks: int = 1) -> jax.Array:
+  """Positions of the highest scores [b, n] of each row, `tokens` in all, in increasing order; int32 [b, tokens].
+
+  With chunks, each of the equal pieces of a row gives an equal number. Of equal scores the first wins. By sorting, and
+  not `lax.top_k`, whose operand the partitioner gathers from all devices.
+  """
+  rows, length = scores.shape
+  order = jnp.argsort(-scores.reshape(rows, chunks, -1), axis=-1, stable=True)[..., : tokens // chunks]
+  chosen = jnp.sort(order, axis=-1) + (jnp.arange(chunks) * (length // chunks))[None, :, None]
+  return chosen.reshape(rows, tokens)
+
+
+def first(keep: jax.Array, tokens: int) -> jax.Array:
+  """Positions of the first `tokens` that are kept, filled up with others where there are fewer; int32 [b, tokens]."""
+  return jnp.sort(jnp.argsort(~keep, axis=-1, stable=True)[:, :tokens], axis=-1)
+
+
+def take(x: jax.Array, index: jax.Array) -> jax.Array:
+  """Rows' entries at increasing positions: [b, n, ...] and [b, c] -> [b, c, ...]."""
+  flags = dict(indices_are_sorted=True, unique_indices=True, mode="promise_in_bounds")
+  return jax.vmap(lambda row, i: row.at[i].get(**flags))(x, index)
+
+
+def put(x: jax.Array, index: jax.Array, entries: jax.Array) -> jax.Array:
+  """x [b, n, ...] with each row's entries [b, c, ...] at increasing positions [b, c]."""
+  flags = dict(indices_are_sorted=True, unique_indices=True, mode="promise_in_bounds")
+  return jax.vmap(lambda row, i, e: row.at[i].set(e, **flags))(x, index, entries)
+
+
+def at(index: jax.Array, length: int) -> jax.Array:
+  """Booleans [b, length] that are true at the positions [b, c]."""
+  return put(jnp.zeros((index.shape[0], length), bool), index, jnp.ones(index.shape, bool))
+
+
+def within_budget(
+  want: jax.Array, positions: jax.Array, share: float | jax.Array, count: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Of the tokens that want to pass, those that leave the passed ones at most ceil(share * tokens so far), causally.
+
+  Args:
+    want: bool [b, t].
+    positions: of each token in its document, int32 [b, t]; the count begins anew where it is 0.
+    share: of a document's tokens that may pass; 1 or more lets all pass.
+    count: passed before the first of these tokens, int32 [b].
+
+  Returns:
+    bool [b, t], and the count after the last of these tokens.
+  """
+
+  def token(count, wanted_and_position):
+    wanted, position = wanted_and_position
+    count = jnp.where(position == 0, 0, count)
+    limit = jnp.ceil(jnp.minimum(share, 1.0) * (position + 1) - 1e-4)
+    passed = wanted & (count < limit)
+    return count + passed, passed
+
+  count, passed = jax.lax.scan(token, count, (want.T, positions.T))
+  return passed.T, count
+
+
+def binary_cross_entropy(logits: jax.Array, targets: jax.Array, mask: jax.Array) -> SumCount:
+  """Sum over the masked entries of the cross entropy of sigmoid(logits) to boolean targets, and their number."""
+  each = jax.nn.softplus(logits) - logits * targets
+  return jnp.sum(each * mask), jnp.sum(mask, dtype=jnp.float32)
+
+
+def z_loss(logits: jax.Array, mask: jax.Array) -> SumCount:
+  """Squared logsumexp over the last axis of [b, t, e], summed where mask [b, t] is true (Zoph et al. 2022)."""
+  return jnp.sum(jax.nn.logsumexp(logits, axis=-1) ** 2 * mask), jnp.sum(mask, dtype=jnp.float32)
+
+
+def balance_loss(shares: Sequence[jax.Array] | jax.Array, probabilities: jax.Array) -> jax.Array:
+  """e * sum_i f_i P_i: fraction of tokens and mean probability of each of e choices, both [e] (Fedus et al. 2021)."""
+  shares = jnp.asarray(shares)
+  return shares.shape[0] * jnp.sum(jax.lax.stop_gradient(shares) * probabilities)
