@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from adaptive import losses, sharding
-from adaptive.methods.contract import Batch, Method, Params
+from adaptive.methods.contract import Batch, Method, Metrics, Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +22,7 @@ class Quality:
     losses: summed cross entropy of each row in nats, [n, r]. correct: right top-1 tokens, [n, r].
     agreeing: tokens whose top-1 is the full model's, [n, r]. tokens: predicted tokens of each row, [r].
     commonest: share of the tokens that are the commonest one: the accuracy of a trivial predictor.
+    realised: (sum, count) pairs by name of each sub-model: what `Output.aux` measured on all rows.
   """
 
   losses: np.ndarray
@@ -29,6 +30,7 @@ class Quality:
   agreeing: np.ndarray
   tokens: np.ndarray
   commonest: float
+  realised: tuple[Metrics, ...] = ()
 
   def loss(self, i: int) -> float:
     """Nats per token."""
@@ -40,6 +42,10 @@ class Quality:
   def agreement(self, i: int) -> float:
     return float(self.agreeing[i].sum() / self.tokens.sum())
 
+  def realised_means(self, i: int) -> dict[str, float]:
+    """What the forward passes of sub-model i measured, such as the share of the tokens that a recursion kept."""
+    return {name: float(total / max(count, 1.0)) for name, (total, count) in self.realised[i].items()}
+
   def paired_error(self, i: int, j: int) -> float:
     """Standard error over rows of loss(i) - loss(j), a ratio estimate; nan for a single row."""
     rows, total = len(self.tokens), self.tokens.sum()
@@ -49,18 +55,18 @@ class Quality:
 
 
 def make_scorer(method: Method, model: nn.Module, mesh: Mesh) -> Callable:
-  """Jitted (params, batch, index, reference [b, t]) -> row sums (loss, correct, agreeing, tokens) and top-1 [b, t]."""
+  """Jitted (params, batch, index, reference [b, t]) -> row sums (loss, correct, agreeing, tokens), top-1 and aux."""
 
   def score(params: Params, batch: Batch, index: jax.Array, reference: jax.Array):
-    logits = method.forward(model, params, batch, index).logits
+    logits, aux = method.forward(model, params, batch, index)
     mask = batch["segment_ids"] > 0
     top = jnp.argmax(logits, axis=-1)
     nll = losses.token_losses(logits, batch["targets"]) * mask
     rows = (nll, (top == batch["targets"]) & mask, (top == reference) & mask, mask)
-    return tuple(jnp.sum(x, axis=1, dtype=jnp.float32) for x in rows), top
+    return tuple(jnp.sum(x, axis=1, dtype=jnp.float32) for x in rows), top, aux
 
   rows, tokens = sharding.replicated(mesh), sharding.batch_sharding(mesh)
-  return jax.jit(score, out_shardings=(rows, tokens))
+  return jax.jit(score, out_shardings=(rows, tokens, rows))
 
 
 def measure(
@@ -82,19 +88,20 @@ def measure(
   """
   scorer = scorer or make_scorer(method, model, mesh)
   references = [batch["targets"] for batch in batches]  # placeholders until the full model has been scored
-  found = {}
+  found, realised = {}, {}
   with jax.set_mesh(mesh):
     for done, index in enumerate(reversed(indices), 1):
       outputs = [scorer(params, batch, np.int32(index), ref) for batch, ref in zip(batches, references)]
       if done == 1:
-        references = [top for _, top in outputs]
+        references = [top for _, top, _ in outputs]
         outputs = [scorer(params, batch, np.int32(index), ref) for batch, ref in zip(batches, references)]
-      found[index] = np.concatenate([np.stack(jax.device_get(sums)) for sums, _ in outputs], axis=1)
+      found[index] = np.concatenate([np.stack(jax.device_get(sums)) for sums, _, _ in outputs], axis=1)
+      realised[index] = jax.tree.map(lambda *parts: float(sum(parts)), *[jax.device_get(aux) for *_, aux in outputs])
       report(done)
   scores = np.stack([found[index] for index in indices]).astype(np.float64)
   real = scores[0, 3] > 0  # rows that only fill up the last batch hold no tokens
   loss, correct, agreeing, tokens = np.moveaxis(scores[:, :, real], 1, 0)
-  return Quality(loss, correct, agreeing, tokens[0], _commonest(batches, mesh))
+  return Quality(loss, correct, agreeing, tokens[0], _commonest(batches, mesh), tuple(realised[i] for i in indices))
 
 
 def _commonest(batches: Sequence[Batch], mesh: Mesh) -> float:

@@ -74,7 +74,8 @@ class Family:
     label: the run's name in plots and tables.
     results: one per sub-model, in any order.
     full: name of the full model.
-    notes: what a reader must know (data fingerprint, steps, device, ...); printed in the reports.
+    notes: what a reader must know (data fingerprint, steps, device, ...); printed in the reports. `diagnosis` is what
+      the method measured of the full model apart.
     quality_reference: q_ref of the hypervolume, the accuracy of a trivial predictor (always the commonest token), or 0.
 
   Raises:
@@ -177,6 +178,8 @@ def summary_lines(family: Family) -> list[str]:
     f"a smaller one is better in {s['nested_violations']} of {s['nested_pairs']} nested pairs; "
     f"{s['worse_and_dearer']} worse and dearer than another; Kendall's tau {number(s['kendall_tau'], '.2f')}",
   ]
+  if "diagnosis" in family.notes:
+    lines.append(f"full model: {family.notes['diagnosis']}")
   if s["not_finite"]:
     lines.append(f"{plural(s['not_finite'], 'sub-model')} with a loss that is not finite")
   return lines

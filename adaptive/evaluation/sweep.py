@@ -40,7 +40,7 @@ def sweep(
   full = len(submodels) - 1
   results = []
   for i, submodel in enumerate(submodels):
-    cost = method.cost(model, submodel, experiment.data.seq_len, {})
+    cost = method.cost(model, submodel, experiment.data.seq_len, measured.realised[i])
     results.append(
       Result(
         name=submodel.name,
@@ -60,6 +60,9 @@ def sweep(
     "held out": f"{len(measured.tokens)} rows, {int(measured.tokens.sum()):,} tokens",
     "device": f"{mesh.size} x {jax.devices()[0].device_kind}, jax {jax.__version__}",
   }
+  diagnosis = method.diagnose(model, params, batches, mesh)
+  if diagnosis:
+    notes["diagnosis"] = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in diagnosis.items())
   if times:
     notes["latency"] = f"batch 1, prompt of {settings.prefill_tokens} tokens, then one token; extracted models"
   return Family(label, tuple(results), submodels[full].name, notes, measured.commonest)
@@ -73,6 +76,8 @@ def _latencies(method: Method, model: nn.Module, params: Params, experiment: Exp
   settings = experiment.evaluation
   alone = {i: method.extract(model, params, s) for i, s in enumerate(method.submodels(model))}
   alone = {i: found for i, found in alone.items() if found is not None}
+  if not alone:
+    return {}
   with _bar("latency", len(alone)) as report:
     times = latency.measure(list(alone.values()), settings.prefill_tokens, settings.latency_repeats, report)
   return dict(zip(alone, times))

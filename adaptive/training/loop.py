@@ -34,6 +34,7 @@ from adaptive.training.state import TrainState
 from adaptive.training.step import compile_step
 from adaptive.training.stopping import StopRequest
 from adaptive.training.throughput import Throughput
+from adaptive.training.warm_start import initial_state
 from adaptive.training.workdir import in_use, keep_config, open_workdir, versions
 
 
@@ -200,10 +201,10 @@ def _items(state: TrainState) -> dict[str, Any]:
 
 
 def _restore(run: Run, checkpointer: Checkpointer, step: int) -> TrainState:
-  """The state of a checkpoint, or a fresh one for step 0."""
+  """The state of a checkpoint, or the first one for step 0."""
   guard = run.experiment.training.guard
   if step == 0:
-    return states.create(run.model, run.optimizer, run.mesh, run.experiment.seed, guard)
+    return initial_state(run)
   wanted = _items(states.abstract(run.model, run.optimizer, run.mesh, guard))
   if not guards.same_window(guard, checkpointer.metadata(step)["config"]["training"]["guard"]):
     del wanted["guard"]  # the user looks for spikes otherwise than before: its window begins anew
@@ -230,7 +231,8 @@ def _evaluator(run: Run) -> Callable[[Any], Mapping[str, float]]:
     batches = list(validation_batches(run.dataset.validation, settings.rows, settings.batch_size, run.mesh))
     found = quality.measure(run.method, run.model, params, batches, run.mesh, list(ends), scorer)
     values = {f"validation/loss/{submodel.name}": found.loss(i) for i, submodel in enumerate(ends.values())}
-    return {"validation/loss": found.loss(-1), "validation/accuracy": found.accuracy(-1), **values}
+    realised = {f"validation/{name}": value for name, value in found.realised_means(-1).items()}
+    return {"validation/loss": found.loss(-1), "validation/accuracy": found.accuracy(-1), **values, **realised}
 
   return evaluate
 

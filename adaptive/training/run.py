@@ -115,7 +115,7 @@ def load_run(workdir: str, **overrides) -> Run:
   return assemble(method, experiment, training=False)
 
 
-def load_params(run: Run, workdir: str, step: int | None = None) -> tuple[int, Params]:
+def load_params(run: Plan, workdir: str, step: int | None = None) -> tuple[int, Params]:
   """Step and parameters of a checkpoint, the newest unless told otherwise.
 
   Raises:

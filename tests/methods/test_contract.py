@@ -19,6 +19,7 @@ from adaptive.methods.width import sorted_net
 SETTINGS = {
   "sorted_net": dict(depths=(2, 4), q_per_kv=(1, 3), d_ff=(8, 24)),
   "mixture_of_recursions": dict(num_recursions=2, threshold_shifts=(0.5,), capacity_scales=(0.5,)),
+  "recursive": dict(num_recursions=2, train_fewer=True),
 }
 # Models whose full dial is, by their paper, no plain transformer; their own tests say what it is.
 NOT_PLAIN = ("mixture_of_recursions",)
@@ -57,7 +58,7 @@ def test_the_full_dial_is_the_dense_model(name):
   method, model = built(name)
   params, batch = tiny.random_params(model), tiny.packed_batch(MODEL)
   config, extracted = method.extract(model, params, method.submodels(model)[-1])
-  assert config == MODEL
+  assert config == MODEL  # what is shared is repeated
   plain = jax.jit(Transformer(MODEL).apply)({"params": extracted}, batch)
   last = len(method.submodels(model)) - 1
   for index in (last, np.int32(last)):
@@ -146,7 +147,7 @@ def test_the_nearest_field_is_named():
 
 
 def test_an_unknown_method_is_refused_with_the_known_ones():
-  with pytest.raises(ConfigError, match="unknown method 'sortednet'; the methods are dense, mix.*, sorted_net"):
+  with pytest.raises(ConfigError, match=r"unknown method 'sortednet'; the methods are dense, \w+, rec"):
     methods.default_config("sortednet")
   with pytest.raises(ConfigError, match=r"method.name is missing"):
     methods.parse_config({"method": {}})

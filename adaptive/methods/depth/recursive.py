@@ -1,0 +1,154 @@
+"""Fixed-depth recursion: layers share weights and every token passes through all of them, a baseline.
+
+Universal Transformers (Dehghani et al., arXiv 1807.03819) without halting; the recursive baseline of
+Mixture-of-Recursions (arXiv 2507.10524, Sections 2.1 and 4). Sharing schemes are in `adaptive.recursion`.
+
+A sub-model repeats the shared block fewer times. With `train_fewer` it is trained for that: the number of a step is
+drawn, as in models of random depth; else only the full number is trained, and what fewer give is what they give.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from adaptive import cost as costs
+from adaptive import losses, recursion
+from adaptive.backbone.transformer import Transformer
+from adaptive.config import ModelConfig
+from adaptive.methods.contract import Batch, Metrics, Output, Params, SubModel, check_index
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """Settings of fixed-depth recursion.
+
+  Attributes:
+    num_recursions: passes through the shared block. sharing: which layers are shared, see `adaptive.recursion`.
+    train_fewer: whether a step trains one number of passes, drawn from all.
+  """
+
+  num_recursions: int = 3
+  sharing: recursion.Scheme = "middle_cycle"
+  train_fewer: bool = False
+
+
+class Recursive(Transformer):
+  """Parameters: those of the backbone, with the unique layers in `layers`."""
+
+  method: Config = Config()
+
+  @property
+  def sharing(self) -> recursion.Sharing:
+    return recursion.Sharing(self.method.sharing, self.config.num_layers, self.method.num_recursions)
+
+  @property
+  def stacked(self) -> int:
+    return self.sharing.unique
+
+  def __call__(self, batch: Batch) -> jax.Array:
+    """Float32 logits [b, t, v] of the token after each position."""
+    if self.is_initializing():
+      return super().__call__(batch)
+    params = nn.unbox(self.variables["params"])
+    return _logits(self.clone(parent=None), params, batch, self.method.num_recursions)
+
+
+def build(model_config: ModelConfig, config: Config) -> Recursive:
+  recursion.Sharing(config.sharing, model_config.num_layers, config.num_recursions)  # refuses what does not divide
+  return Recursive(model_config, method=config)
+
+
+def submodels(model: Recursive) -> tuple[SubModel, ...]:
+  return tuple(SubModel.of(recursions=1 + r) for r in range(model.method.num_recursions))
+
+
+def sample(model: Recursive, seed: int, step: int) -> tuple[int, ...]:
+  number = model.method.num_recursions
+  if not model.method.train_fewer:
+    return (number - 1,)
+  return (int(np.random.Generator(np.random.Philox(key=[seed, step])).integers(number)),)
+
+
+def static_choice(model: Recursive) -> bool:
+  """Each number of passes is a program of its own, which computes no more than it needs."""
+  return model.method.train_fewer
+
+
+def batch_parts(model: Recursive) -> int:
+  return 1
+
+
+def loss(model: Recursive, params: Params, batch: Batch, choice, key, step) -> tuple[jax.Array, Metrics]:
+  """Next-token cross entropy."""
+  index = choice[0] if model.method.train_fewer else model.method.num_recursions - 1
+  logits = forward(model, params, batch, index).logits
+  pair = losses.cross_entropy(logits, batch["targets"], batch["segment_ids"] > 0)
+  return losses.mean(pair), {"loss": pair}
+
+
+def forward(model: Recursive, params: Params, batch: Batch, index: int | jax.Array) -> Output:
+  number = model.method.num_recursions
+  check_index(index, number)
+  repeats = index + 1 if isinstance(index, int) else jnp.minimum(index, number - 1) + 1
+  return Output(_logits(model, params, batch, repeats), {})
+
+
+def _logits(model: Recursive, params: Params, batch: Batch, repeats: int | jax.Array) -> jax.Array:
+  x, context = model.apply({"params": params}, batch, method="embed")
+  before, block, after = recursion.split(model.sharing, params["layers"])
+  x, _ = recursion.run_layers(model.config, before, x, context)
+  x = recursion.run_repeated(model.sharing, model.config, block, x, context, repeats)
+  x, _ = recursion.run_layers(model.config, after, x, context)
+  return model.apply({"params": params}, x, method="head")
+
+
+def control(model: Recursive, params: Params, metrics: Metrics) -> Params:
+  return params
+
+
+def learning_rates(model: Recursive) -> Mapping[str, float]:
+  return {}
+
+
+def init_from(model: Recursive, params: Params, source: Params, how: str, seed: int) -> Params:
+  """The layers of a dense model of the unrolled depth, tied."""
+  return {**source, "layers": recursion.tie(model.sharing, source["layers"], how, seed)}
+
+
+def diagnose(model: Recursive, params: Params, batches: Sequence[Batch], mesh: Mesh) -> Mapping[str, float]:
+  return {}
+
+
+def cost(model: Recursive, submodel: SubModel, seq_len: int, realised: Metrics) -> costs.Cost:
+  """That of the unrolled model, but for the parameters, which are the unique ones."""
+  sharing, layer = model.sharing, costs.layer_params(model.config)
+  depth = 2 * sharing.middle + submodel["recursions"] * sharing.block_size
+  unrolled = costs.dense_cost(dataclasses.replace(model.config, num_layers=depth), seq_len)
+  saved = (depth - sharing.unique) * layer
+  return dataclasses.replace(
+    unrolled,
+    params_total=unrolled.params_total - saved,
+    params_non_embedding=unrolled.params_non_embedding - saved,
+    params_active=unrolled.params_active - saved,
+  )
+
+
+def update_flops(model: Recursive, choice: tuple[int, ...], seq_len: int) -> float:
+  return costs.update_flops(cost(model, submodels(model)[choice[0]], seq_len, {}).flops_per_token)
+
+
+def extract(model: Recursive, params: Params, submodel: SubModel) -> tuple[ModelConfig, Params]:
+  """The unrolled model, with a copy of a shared layer wherever it runs."""
+  sharing = model.sharing
+  ends = int(sharing.middle)
+  inner = range(ends, sharing.unique - ends)
+  repeats = submodel["recursions"]
+  path = [*inner] * repeats if sharing.scheme.endswith("cycle") else [layer for layer in inner for _ in range(repeats)]
+  path = np.array([0, *path, sharing.unique - 1] if sharing.middle else path)
+  config = dataclasses.replace(model.config, num_layers=len(path))
+  return config, {**params, "layers": jax.tree.map(lambda leaf: leaf[path], params["layers"])}

@@ -1,0 +1,50 @@
+"""The state that a run begins with: fresh, or with the parameters of a trained dense model in it."""
+
+import dataclasses
+
+import jax
+from jax.sharding import Mesh
+
+from adaptive.config import ModelConfig, require
+from adaptive.methods import METHODS, parse_config
+from adaptive.methods.contract import Params
+from adaptive.training import state as states
+from adaptive.training.run import Run, load_params, plan
+from adaptive.training.state import TrainState
+from adaptive.training.workdir import load_config
+
+# How a model computes may change; what it computes may not.
+_FREE = ("dtype", "param_dtype", "remat", "scan_unroll", "attention", "init_std")
+
+
+def initial_state(run: Run) -> TrainState:
+  """The state before the first update.
+
+  Raises:
+    ConfigError: `training.init_from` names no run, or one whose model is not of this run's shape.
+  """
+  e = run.experiment
+  state = states.create(run.model, run.optimizer, run.mesh, e.seed, e.training.guard)
+  if not e.training.init_from:
+    return state
+  source = _source(e.training.init_from, e.model, run.mesh)
+  where = jax.tree.map(lambda leaf: leaf.sharding, state.params)
+  cast = lambda new, old: jax.tree.map(lambda a, b: a.astype(b.dtype), new, old)
+
+  def put_in(params: Params, source: Params) -> Params:
+    return cast(run.method.init_from(run.model, params, source, e.training.init_layers, e.seed), params)
+
+  with jax.set_mesh(run.mesh):
+    return dataclasses.replace(state, params=jax.jit(put_in, out_shardings=where)(state.params, source))
+
+
+def _source(workdir: str, wanted: ModelConfig, mesh: Mesh) -> Params:
+  method, experiment = parse_config(load_config(workdir))
+  require(method is METHODS["dense"], f"training.init_from={workdir} holds no dense model: extract one with eval.py")
+  for field in dataclasses.fields(ModelConfig):
+    there, here = getattr(experiment.model, field.name), getattr(wanted, field.name)
+    require(
+      there == here or field.name in _FREE,
+      f"training.init_from={workdir} has model.{field.name}={there}, this run {here}: they must be equal",
+    )
+  return load_params(dataclasses.replace(plan(method, experiment, training=False), mesh=mesh), workdir)[1]
