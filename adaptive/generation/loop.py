@@ -104,6 +104,25 @@ def bucket(size: int) -> int:
   return max(_SMALLEST, 1 << (size - 1).bit_length()) if size <= _STRIDE else -(-size // _STRIDE) * _STRIDE
 
 
+def check(
+  prompts: Sequence[Sequence[int]], max_new_tokens: int, seed: int, vocab_size: int, max_len: int | None
+) -> None:
+  """Raises ConfigError for prompts that a `Generator` cannot continue."""
+  require(len(prompts) > 0, "there is no prompt")
+  require(max_new_tokens >= 1, f"max_new_tokens={max_new_tokens} must be at least 1")
+  require(0 <= seed < 2**32, f"seed={seed} must lie in 0 .. {2**32 - 1}")
+  for number, prompt in enumerate(prompts, 1):
+    require(len(prompt) > 0, f"prompt {number} is empty")
+    for token in prompt:
+      require(0 <= token < vocab_size, f"prompt {number}: there is no token {token}, only 0 .. {vocab_size - 1}")
+    longest = len(prompt) + max_new_tokens
+    require(
+      max_len is None or longest <= max_len,
+      f"prompt {number} of {len(prompt)} tokens and max_new_tokens={max_new_tokens} make {longest}, more than "
+      f"max_len={max_len}",
+    )
+
+
 class Generator:
   """Generates with one sub-model, and keeps its compiled programs.
 
@@ -149,7 +168,7 @@ class Generator:
     Raises:
       ConfigError: a prompt is empty, too long, or holds an id that no token has.
     """
-    self._check(prompts, max_new_tokens, seed)
+    check(prompts, max_new_tokens, seed, self._vocab_size, self._max_len)
     tokens, counts, ids = self._padded(prompts, numbers)
     slots = bucket(int(counts.max()) + max_new_tokens - 1)  # the last token is not fed back
     host, key = _Host(len(prompts), self._stop_tokens, watch), np.uint32(seed)
@@ -168,21 +187,6 @@ class Generator:
       else:
         host.read(sampled)
     return Result(host.tokens, host.log_probs, host.metrics, host.times[0] - start, host.times[-1] - host.times[0])
-
-  def _check(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, seed: int) -> None:
-    require(len(prompts) > 0, "there is no prompt")
-    require(max_new_tokens >= 1, f"max_new_tokens={max_new_tokens} must be at least 1")
-    require(0 <= seed < 2**32, f"seed={seed} must lie in 0 .. {2**32 - 1}")
-    for number, prompt in enumerate(prompts, 1):
-      require(len(prompt) > 0, f"prompt {number} is empty")
-      for token in prompt:
-        require(0 <= token < self._vocab_size, f"prompt {number}: no token {token}, only 0 .. {self._vocab_size - 1}")
-      longest = len(prompt) + max_new_tokens
-      require(
-        self._max_len is None or longest <= self._max_len,
-        f"prompt {number} of {len(prompt)} tokens and max_new_tokens={max_new_tokens} make {longest}, more than "
-        f"max_len={self._max_len}",
-      )
 
   def _padded(self, prompts: Sequence[Sequence[int]], numbers: Sequence[int] | None) -> tuple[np.ndarray, ...]:
     """Tokens [b, t], counts [b] and numbers [b]; rows beyond the prompts fill up the mesh and hold no token."""
