@@ -74,7 +74,7 @@ class _Sampled(NamedTuple):
 class _Host:
   """What the host has read so far; `ended` says which rows it waits for no more."""
 
-  def __init__(self, rows: int, stop_tokens: tuple[int, ...], watch: Callable[[int, int], bool]):
+  def __init__(self, rows: int, stop_tokens: tuple[int, ...], watch: Callable[[int, int], bool | None]):
     self.tokens: list[list[int]] = [[] for _ in range(rows)]
     self.log_probs: list[list[float]] = [[] for _ in range(rows)]
     self.metrics: dict[str, tuple[np.ndarray, np.ndarray]] = {}
@@ -93,7 +93,7 @@ class _Host:
       token = int(found.tokens[row])
       self.tokens[row].append(token)
       self.log_probs[row].append(float(found.log_probs[row]))
-      enough = self._watch(int(row), token)
+      enough = bool(self._watch(int(row), token))
       told |= enough
       self.ended[row] = enough or token in self._stop_tokens
     return told
@@ -155,7 +155,7 @@ class Generator:
     max_new_tokens: int,
     seed: int = 0,
     numbers: Sequence[int] | None = None,
-    watch: Callable[[int, int], bool] = lambda row, token: False,
+    watch: Callable[[int, int], bool | None] = lambda row, token: None,
   ) -> Result:
     """Continues every prompt by up to max_new_tokens.
 
