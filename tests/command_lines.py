@@ -16,6 +16,7 @@ import warnings
 
 import jax
 
+import adaptive.training.completion
 import adaptive.training.dry_run
 import adaptive.training.loop
 import adaptive.training.reports  # noqa: F401 - loaded for the commands

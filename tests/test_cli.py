@@ -176,6 +176,26 @@ BAD = {  # name: (arguments after the config and the workdir, or the whole comma
   ),
   "extract: no output": (["eval.py", "--workdir={made}", "--extract=depth=1,d_ff=16"], "--extract needs --output"),
   "extract: no name": (["eval.py", "--workdir={made}", "--extract="], "--extract needs --output"),
+  "generate: no workdir": (["generate.py", "--prompt=a"], "--workdir is missing, such as --workdir=runs/demo"),
+  "generate: no prompt": (["generate.py", "--workdir={made}"], "--prompt is missing, such as --prompt='import '"),
+  "generate: argument": (["generate.py", "--workdir={made}", "--prompt=a", "b"], "unexpected argument 'b'"),
+  "generate: foreign": (["generate.py", "--workdir={corpus}", "--prompt=a"], "corpus is not a workdir: it holds no"),
+  "generate: no checkpoint": (["generate.py", "--workdir={made}", "--prompt=a", "--max_new_tokens=9"], "no finished"),
+  "generate: sub-model": (
+    ["generate.py", "--workdir={made}", "--prompt=a", "--submodel=depth=2,d_ff=3"], "did you mean depth=2,d_ff=32?"
+  ),
+  "generate: too long": (
+    ["generate.py", "--workdir={made}", "--prompt=a", "--prompt=abcd", "--max_new_tokens=28"],
+    "prompt 2 of 5 tokens and max_new_tokens=28 make 33, more than max_len=32",
+  ),
+  "generate: no tokens": (["generate.py", "--workdir={made}", "--prompt=a", "--max_new_tokens=0"], "at least 1"),
+  "generate: temperature": (
+    ["generate.py", "--workdir={made}", "--prompt=a", "--temperature=-1"], "temperature=-1.0 must be at least 0"
+  ),
+  "generate: top_k": (["generate.py", "--workdir={made}", "--prompt=a", "--top_k=-1"], "top_k=-1 must be at least 0"),
+  "generate: top_p": (["generate.py", "--workdir={made}", "--prompt=a", "--top_p=0"], "top_p=0.0 must be more than 0"),
+  "generate: seed": (["generate.py", "--workdir={made}", "--prompt=a", "--max_new_tokens=9", "--seed=-1"], "seed=-1"),
+  "generate: not UTF-8": (["generate.py", "--workdir={made}", "--prompt=a\udcff"], "the prompt 'a\\udcff' is not"),
   "compare: nothing": (["eval.py", "--compare"], "--compare needs runs, such as --compare runs/a runs/b"),
   "compare: twice": (["eval.py", "--compare", "{made}", "{made}/"], "--compare names"),
   "compare: foreign": (["eval.py", "--compare", "{corpus}"], "corpus is not a workdir: it holds no config.json"),

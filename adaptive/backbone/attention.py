@@ -77,8 +77,18 @@ def segment_mask(segment_ids: jax.Array) -> jax.Array:
 
 
 def cache_mask(index: jax.Array, length: int, slots: int) -> jax.Array:
-  """Mask of `length` queries written from slot `index` on, over a cache of `slots`; bool [1, 1, length, slots]."""
-  return (jnp.arange(slots)[None] <= index + jnp.arange(length)[:, None])[None, None]
+  """Mask of `length` queries written from slot `index` on, over a cache of `slots`.
+
+  `index` is the same for all rows, int32 [], or each row's own, int32 [b]; bool [1 or b, 1, length, slots].
+  """
+  query = jnp.reshape(index, (-1, 1, 1, 1)) + jnp.arange(length)[None, None, :, None]
+  return jnp.arange(slots)[None, None, None] <= query
+
+
+def row_slots(index: jax.Array, counts: jax.Array, length: int, slots: int) -> jax.Array:
+  """Slots of `length` tokens of each row, int32 [b, length]: from index[row] on; none for those after counts[row]."""
+  offset = jnp.arange(length)[None]
+  return jnp.where(offset < counts[:, None], index[:, None] + offset, slots)
 
 
 def write(cache: LayerCache, new: LayerCache, slots: jax.Array) -> LayerCache:

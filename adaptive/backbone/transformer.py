@@ -11,7 +11,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from adaptive.backbone.attention import Attention, Context, LayerCache, cache_mask, rope_table, segment_mask
+from adaptive.backbone.attention import (
+  Attention,
+  Context,
+  LayerCache,
+  cache_mask,
+  rope_table,
+  row_slots,
+  segment_mask,
+)
 from adaptive.backbone.layers import Embedding, FeedForward, RMSNorm
 from adaptive.config import ModelConfig
 from adaptive.sharding import constrain
@@ -79,17 +87,29 @@ class Transformer(nn.Module):
     """Final norm and output head: residual stream [b, t, d] -> float32 logits [b, t, v]."""
     return constrain(self.embedding.decode(self.final_norm(x)), "batch", "length", "vocab")
 
-  def step(self, tokens: jax.Array, cache: LayerCache, index: jax.Array) -> tuple[jax.Array, LayerCache]:
+  def step(
+    self, tokens: jax.Array, cache: LayerCache, index: jax.Array, counts: jax.Array | None = None
+  ) -> tuple[jax.Array, LayerCache]:
     """Cached forward of one document per row: tokens [b, t] follow the `index` tokens that the cache holds.
 
+    Args:
+      index: the same for all rows, int32 [], which is the quickest; with `counts` each row's own, int32 [b].
+      counts: the first counts[row] of a row's tokens are real, int32 [b]; the others, on the right, are not stored.
+
     Returns:
-      Logits of the last token, float32 [b, v], and the cache with t more tokens.
+      Logits of the token after the last real one, float32 [b, v] (of no meaning where a row's count is 0), and the
+      cache with the real tokens added.
     """
-    length = tokens.shape[1]
-    positions = jnp.broadcast_to(index + jnp.arange(length), tokens.shape)
-    context = Context(*rope_table(self.config, positions), cache_mask(index, length, cache.key.shape[2]), index)
+    length, slots = tokens.shape[1], cache.key.shape[2]
+    positions = jnp.broadcast_to(jnp.reshape(index, (-1, 1)) + jnp.arange(length)[None], tokens.shape)
+    written = index if counts is None else row_slots(index, counts, length, slots)
+    context = Context(*rope_table(self.config, positions), cache_mask(index, length, slots), written)
     x, cache = self.layers(self.embedding.encode(tokens), context, cache)
-    return self.head(x[:, -1:])[:, 0], cache
+    if counts is None:
+      last = x[:, -1:]
+    else:
+      last = jnp.take_along_axis(x, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)
+    return self.head(last)[:, 0], cache
 
 
 def empty_cache(config: ModelConfig, batch_size: int, slots: int) -> LayerCache:

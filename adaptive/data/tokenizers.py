@@ -1,7 +1,8 @@
 """Text to token ids and back: bytes, or any Hugging Face `tokenizer.json`."""
 
+import codecs
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 import numpy as np
@@ -17,11 +18,20 @@ _BOS_NAMES = (
 _EOS_NAMES = ("</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>", "<|eos|>", "<|im_end|>", "[SEP]")
 
 
+class TextStream(Protocol):
+  """Text of tokens that come one at a time: what `feed` and finally `end` return, joined, is what `decode` says."""
+
+  def feed(self, token: int) -> str: ...
+
+  def end(self) -> str: ...
+
+
 class Tokenizer(Protocol):
   """What the data pipeline needs of a tokenizer.
 
   `vocab_size` is one more than the largest id; `bos` and `eos` stand at the two ends of every document (and may be
-  one id). `encode` adds neither and returns int32 [t]; `decode` leaves both out.
+  one id). `encode` adds neither and returns int32 [t]; `decode` leaves both out. `stream` is for the tokens that follow
+  those given, whose text it does not repeat.
   """
 
   vocab_size: int
@@ -31,6 +41,8 @@ class Tokenizer(Protocol):
   def encode(self, text: str) -> np.ndarray: ...
 
   def decode(self, ids: Iterable[int]) -> str: ...
+
+  def stream(self, after: Iterable[int] = ()) -> TextStream: ...
 
 
 class ByteTokenizer:
@@ -45,6 +57,22 @@ class ByteTokenizer:
 
   def decode(self, ids: Iterable[int]) -> str:
     return bytes(i for i in map(int, ids) if 0 <= i < 256).decode("utf-8", errors="replace")
+
+  def stream(self, after: Iterable[int] = ()) -> TextStream:
+    return _ByteStream()
+
+
+class _ByteStream:
+  """Gives a character out with its last byte, and what cannot become one at once."""
+
+  def __init__(self):
+    self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+  def feed(self, token: int) -> str:
+    return self._decoder.decode(bytes([token])) if 0 <= token < 256 else ""
+
+  def end(self) -> str:
+    return self._decoder.decode(b"", final=True)
 
 
 class HuggingFaceTokenizer:
@@ -85,6 +113,40 @@ class HuggingFaceTokenizer:
   def decode(self, ids: Iterable[int]) -> str:
     boundaries = (self.bos, self.eos)
     return self._tokenizer.decode([i for i in map(int, ids) if i not in boundaries], skip_special_tokens=True)
+
+  def stream(self, after: Iterable[int] = ()) -> TextStream:
+    return _PieceStream(self.decode, after)
+
+
+class _PieceStream:
+  """Decodes a few tokens at a time, with and without the newest: what they add is their text.
+
+  The tokens before must be there because many a tokenizer writes a word's blank only where a word precedes it; and a
+  token may end within a character, which then waits for its other tokens. It is of four bytes at most, so what is no
+  character after four tokens never will be.
+  """
+
+  _LONGEST = 4
+
+  def __init__(self, decode: Callable[[Iterable[int]], str], after: Iterable[int]):
+    self._decode, self._before, self._new = decode, list(after), []
+
+  def feed(self, token: int) -> str:
+    self._new.append(token)
+    text = self._added()
+    if text.endswith("\N{REPLACEMENT CHARACTER}") and len(self._new) < self._LONGEST:
+      return ""
+    # Without text of their own (boundaries), tokens cannot stand for those before them.
+    self._before, self._new = (self._new if text else self._before + self._new), []
+    return text
+
+  def end(self) -> str:
+    text, self._new = self._added(), []
+    return text
+
+  def _added(self) -> str:
+    before, both = self._decode(self._before), self._decode(self._before + self._new)
+    return both[len(before) :] if both.startswith(before) else self._decode(self._new)
 
 
 def make_tokenizer(config: DataConfig) -> Tokenizer:

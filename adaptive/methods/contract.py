@@ -5,7 +5,7 @@ that carries both configs, so every function takes just the model.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import flax.linen as nn
@@ -17,6 +17,7 @@ from adaptive.cost import Cost
 from adaptive.losses import SumCount
 
 Params = Any
+Cache = Any
 Batch = dict[str, jax.Array]
 Metrics = dict[str, SumCount]
 
@@ -49,6 +50,23 @@ class Output(NamedTuple):
 
   logits: jax.Array
   aux: Metrics
+
+
+class Decoder(NamedTuple):
+  """One sub-model as generation runs it: with a cache, a few tokens at a time.
+
+  Attributes:
+    params: of the sub-model alone, for `step`.
+    empty_cache: (batch_size, slots) -> a cache with room for `slots` tokens in each row. It knows how many it holds.
+    step: (params, tokens int32 [b, t], counts int32 [b], cache) -> (logits float32 [b, v], cache, realised quantities
+      as in `Output.aux`). The first counts[row] of a row's tokens are real and follow those that the cache holds, the
+      others are padding. The logits are those of the token after a row's last real one. A row with count 0 stays as it
+      is, takes part in no realised quantity, and its logits mean nothing.
+  """
+
+  params: Params
+  empty_cache: Callable[[int, int], Cache]
+  step: Callable[[Params, jax.Array, jax.Array, Cache], tuple[jax.Array, Cache, Metrics]]
 
 
 def check_index(index: int | jax.Array, number: int) -> None:
@@ -134,3 +152,6 @@ class Method(Protocol):
 
   def extract(self, model: nn.Module, params: Params, submodel: SubModel) -> tuple[ModelConfig, Params] | None:
     """The sub-model as an ordinary dense model for `Transformer`; None where there is no such thing."""
+
+  def decoder(self, model: nn.Module, params: Params, submodel: SubModel) -> Decoder:
+    """The sub-model for generation: token by token it gives the logits of `forward`."""

@@ -8,9 +8,10 @@ from jax.sharding import Mesh
 
 from adaptive import cost as costs
 from adaptive import losses
+from adaptive.backbone import decoding
 from adaptive.backbone.transformer import Transformer
 from adaptive.config import ModelConfig
-from adaptive.methods.contract import Batch, Metrics, Output, Params, SubModel, check_index
+from adaptive.methods.contract import Batch, Decoder, Metrics, Output, Params, SubModel, check_index
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,3 +76,7 @@ def update_flops(model: Transformer, choice: tuple[int, ...], seq_len: int) -> f
 
 def extract(model: Transformer, params: Params, submodel: SubModel) -> tuple[ModelConfig, Params]:
   return model.config, params
+
+
+def decoder(model: Transformer, params: Params, submodel: SubModel) -> Decoder:
+  return Decoder(*decoding.dense(model.config, params))

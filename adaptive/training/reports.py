@@ -9,7 +9,6 @@ from collections.abc import Sequence
 
 import jax
 
-from adaptive import config as configs
 from adaptive import config_dict, sharding
 from adaptive.config import ConfigError, require
 from adaptive.evaluation import report
@@ -17,7 +16,7 @@ from adaptive.evaluation.results import Family
 from adaptive.evaluation.sweep import sweep
 from adaptive.methods import METHODS
 from adaptive.training.checkpoint import Checkpointer
-from adaptive.training.run import CHECKPOINTS, Run, load_params, load_run
+from adaptive.training.run import CHECKPOINTS, Run, find_submodel, load_params, load_run
 from adaptive.training.workdir import load_config, open_workdir, user_errors
 
 
@@ -100,10 +99,9 @@ def extract(workdir: str, step: int | None, name: str, output: str | None) -> No
   """
   require(output is not None, "--extract needs --output, the folder of the new run")
   run = load_run(workdir)
-  submodels = {s.name: s for s in run.method.submodels(run.model)}
-  require(name in submodels, f"no sub-model {name!r}; {configs.nearest(name, submodels)}")
+  submodel = find_submodel(run, name)
   step, params = load_params(run, workdir, step)
-  found = run.method.extract(run.model, params, submodels[name])
+  found = run.method.extract(run.model, params, submodel)
   require(found is not None, f"sub-model {name} needs its method to run: it cannot be extracted")
   model_config, small = found
   dense = dataclasses.replace(run.experiment, model=model_config, method=METHODS["dense"].Config())

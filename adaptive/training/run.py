@@ -15,7 +15,7 @@ from adaptive.config import Experiment, require
 from adaptive.data import Dataset
 from adaptive.data import load as load_data
 from adaptive.methods import METHODS, parse_config
-from adaptive.methods.contract import Method, Params
+from adaptive.methods.contract import Method, Params, SubModel
 from adaptive.training import state as states
 from adaptive.training.checkpoint import Checkpointer, CheckpointError
 from adaptive.training.optim import make_optimizer
@@ -106,13 +106,28 @@ def load_run(workdir: str, **overrides) -> Run:
   Raises:
     ConfigError: no workdir, or its config does not work any more.
   """
+  return assemble(*_settings(workdir, **overrides), training=False)
+
+
+def load_plan(workdir: str) -> Plan:
+  """As `load_run`, for who needs none of the run's data."""
+  return plan(*_settings(workdir), training=False)
+
+
+def _settings(workdir: str, **overrides) -> tuple[Method, Experiment]:
   method, experiment = parse_config(load_config(workdir))
   evaluation = dataclasses.replace(experiment.evaluation, **overrides)
   # The mesh that trained the run need not exist here; any other holds the same parameters and scores the same rows.
   devices = jax.device_count()
   evaluation = dataclasses.replace(evaluation, batch_size=-(-evaluation.batch_size // devices) * devices)
-  experiment = dataclasses.replace(experiment, evaluation=evaluation, mesh=configs.MeshConfig())
-  return assemble(method, experiment, training=False)
+  return method, dataclasses.replace(experiment, evaluation=evaluation, mesh=configs.MeshConfig())
+
+
+def find_submodel(run: Plan, name: str) -> SubModel:
+  """The sub-model of that name; ConfigError with the nearest name when there is none."""
+  submodels = {s.name: s for s in run.method.submodels(run.model)}
+  require(name in submodels, f"no sub-model {name!r}; {configs.nearest(name, submodels)}")
+  return submodels[name]
 
 
 def load_params(run: Plan, workdir: str, step: int | None = None) -> tuple[int, Params]:

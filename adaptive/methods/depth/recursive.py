@@ -18,9 +18,10 @@ from jax.sharding import Mesh
 
 from adaptive import cost as costs
 from adaptive import losses, recursion
+from adaptive.backbone import decoding
 from adaptive.backbone.transformer import Transformer
 from adaptive.config import ModelConfig
-from adaptive.methods.contract import Batch, Metrics, Output, Params, SubModel, check_index
+from adaptive.methods.contract import Batch, Decoder, Metrics, Output, Params, SubModel, check_index
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,3 +153,8 @@ def extract(model: Recursive, params: Params, submodel: SubModel) -> tuple[Model
   path = np.array([0, *path, sharing.unique - 1] if sharing.middle else path)
   config = dataclasses.replace(model.config, num_layers=len(path))
   return config, {**params, "layers": jax.tree.map(lambda leaf: leaf[path], params["layers"])}
+
+
+def decoder(model: Recursive, params: Params, submodel: SubModel) -> Decoder:
+  """The unrolled model's: a shared layer has a cache for each of its passes."""
+  return Decoder(*decoding.dense(*extract(model, params, submodel)))

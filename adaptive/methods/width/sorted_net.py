@@ -31,9 +31,10 @@ from jax.sharding import Mesh
 from adaptive import cost as costs
 from adaptive import executors, losses, sharding
 from adaptive import subnet as subnets
+from adaptive.backbone import decoding
 from adaptive.backbone.transformer import Transformer
 from adaptive.config import ModelConfig, require
-from adaptive.methods.contract import Batch, Metrics, Output, Params, SubModel, check_index
+from adaptive.methods.contract import Batch, Decoder, Metrics, Output, Params, SubModel, check_index
 
 
 @dataclasses.dataclass(frozen=True)
@@ -327,3 +328,8 @@ def extract(model: SortedNet, params: Params, submodel: SubModel) -> tuple[Model
   """The sub-model as an ordinary dense checkpoint."""
   subnet = subnet_of(model, submodel)
   return subnets.config_of(model.config, subnet), subnets.extract(model.config, params, subnet)
+
+
+def decoder(model: SortedNet, params: Params, submodel: SubModel) -> Decoder:
+  """The extracted sub-model's: what is left out is neither stored nor computed."""
+  return Decoder(*decoding.dense(*extract(model, params, submodel)))

@@ -23,8 +23,8 @@ import numpy as np
 
 from adaptive import losses, recursion
 from adaptive.config import ModelConfig
-from adaptive.methods.contract import Batch, Metrics, Output, Params, SubModel, check_index
-from adaptive.methods.depth.mixture_of_recursions import causal, token_choice
+from adaptive.methods.contract import Batch, Decoder, Metrics, Output, Params, SubModel, check_index
+from adaptive.methods.depth.mixture_of_recursions import causal, decode, token_choice
 from adaptive.methods.depth.mixture_of_recursions.accounting import cost, update_flops
 from adaptive.methods.depth.mixture_of_recursions.causal import Rule
 from adaptive.methods.depth.mixture_of_recursions.config import Config, check, stage_of
@@ -32,8 +32,8 @@ from adaptive.methods.depth.mixture_of_recursions.diagnosis import diagnose
 from adaptive.methods.depth.mixture_of_recursions.model import MixtureOfRecursions, causal_logits, training_logits
 
 __all__ = [
-  "Config", "batch_parts", "build", "control", "cost", "diagnose", "extract", "forward", "init_from", "learning_rates",
-  "loss", "sample", "static_choice", "submodels", "update_flops",
+  "Config", "batch_parts", "build", "control", "cost", "decoder", "diagnose", "extract", "forward", "init_from",
+  "learning_rates", "loss", "sample", "static_choice", "submodels", "update_flops",
 ]  # fmt: skip
 
 
@@ -118,3 +118,8 @@ def init_from(model: MixtureOfRecursions, params: Params, source: Params, how: s
 
 def extract(model: MixtureOfRecursions, params: Params, submodel: SubModel) -> None:
   """A token's path is decided as it runs, so no plain model is equal."""
+
+
+def decoder(model: MixtureOfRecursions, params: Params, submodel: SubModel) -> Decoder:
+  """With a cache for each recursion; a step leaves out the recursions that none of its tokens needs."""
+  return decode.decoder(model, params, rule_of(submodel))

@@ -18,7 +18,7 @@ def cost(model: nn.Module, submodel: SubModel, seq_len: int, realised: Metrics) 
     shares = [_mean(realised[f"capacity/{r + 1}"]) for r in range(config.num_recursions)]
   else:
     scale = dict(submodel.dial).get("capacity_scale", 1.0)
-    shares = [share * scale if r < submodel["recursions"] else 0.0 for r, share in enumerate(config.shares)]
+    shares = [config.bound(r, scale) if r < submodel["recursions"] else 0.0 for r in range(config.num_recursions)]
   table = model_config.vocab_size * model_config.d_model
   non_embedding = sharing.unique * costs.layer_params(model_config) + model_config.d_model + _router_params(model)
   layers = _cached_layers(config, shares) * sharing.block_size + 2 * sharing.middle

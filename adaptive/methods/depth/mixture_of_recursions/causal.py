@@ -126,9 +126,9 @@ def _passes(model: nn.Module, which: int, decisions: jax.Array, rule: Rule) -> j
 
 
 def _bound(model: nn.Module, which: int, want: jax.Array, new: New, rule: Rule) -> jax.Array:
-  if isinstance(rule.capacity_scale, float) and rule.capacity_scale == float("inf"):
+  share = model.method.bound(which, rule.capacity_scale)
+  if isinstance(share, float) and share >= 1:
     return want
-  share = rule.capacity_scale * model.method.shares[which]
   return routing.within_budget(want, new.positions, share, new.counts[which])[0]
 
 

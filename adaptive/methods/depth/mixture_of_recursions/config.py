@@ -4,6 +4,8 @@ import dataclasses
 import math
 from typing import Literal
 
+import jax
+
 from adaptive import routing
 from adaptive.config import ModelConfig, require
 from adaptive.recursion import Sharing
@@ -46,7 +48,7 @@ class Config:
     remat_recursions: the backward pass keeps the residual stream between recursions only.
     recursions, threshold_shifts, capacity_scales: sub-models beside the full one, at inference: fewer recursions (empty
       means each number); a token passes when its score exceeds the shift; no more than scale x capacity of a document's
-      tokens so far may pass.
+      tokens so far may pass (those of the first recursion all do, where its capacity is 1).
   """
 
   num_recursions: int = 3
@@ -84,6 +86,11 @@ class Config:
   def shares(self) -> tuple[float, ...]:
     """Of the row, by recursion. Token choice without capacities counts as even use of all depths."""
     return self.capacities or tuple((self.num_recursions - r) / self.num_recursions for r in range(self.num_recursions))
+
+  def bound(self, which: int, scale: float | jax.Array) -> float | jax.Array:
+    """Share of a document's tokens that may pass a recursion. One that takes all tokens is never bounded."""
+    share = self.shares[which]
+    return 1.0 if share == 1 else scale * share
 
   @property
   def fewer(self) -> tuple[int, ...]:

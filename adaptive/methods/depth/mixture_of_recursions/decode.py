@@ -1,0 +1,166 @@
+"""Token by token: a cache for each recursion, of each row's own length, and recursions that nobody needs left out.
+
+With `recursion_wise` keys a recursion's cache holds the tokens that passed it, one after the other, with their
+positions; `shared` has one cache for all recursions, and `hybrid` one for each, with the first's keys where a token did
+not pass (Section 2.2.2 of the paper).
+"""
+
+import math
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from adaptive import recursion
+from adaptive.backbone.attention import Context, LayerCache, cache_mask, rope_table, row_slots
+from adaptive.methods.contract import Decoder, Metrics, Params
+from adaptive.methods.depth.mixture_of_recursions import causal
+from adaptive.methods.depth.mixture_of_recursions.causal import Rule
+
+_EMPTY = jnp.iinfo(jnp.int32).max  # a position that no query has reached
+
+
+class Cache(NamedTuple):
+  """What the past left behind.
+
+  Attributes:
+    lengths: tokens of each row, int32 [b].
+    before, after: keys and values of the layers around the loop, stacked.
+    block: of the shared block, stacked [j, b, slots, k, h], by recursion.
+    index: position of the token in each slot, int32 [b, slots], by recursion; with `recursion_wise` keys only.
+    counts: tokens that passed each recursion, int32 [r, b].
+  """
+
+  lengths: jax.Array
+  before: LayerCache
+  after: LayerCache
+  block: tuple[LayerCache, ...]
+  index: tuple[jax.Array, ...]
+  counts: jax.Array
+
+
+def slots_of(model: nn.Module, rule: Rule, which: int, slots: int) -> int:
+  """Tokens that a recursion has to have room for, when a row may have `slots`."""
+  alone = model.method.kv_cache == "recursion_wise"
+  return max(1, math.ceil(min(1.0, model.method.bound(which, rule.capacity_scale)) * slots - 1e-4)) if alone else slots
+
+
+def empty_cache(model: nn.Module, rule: Rule, batch_size: int, slots: int) -> Cache:
+  config, sharing = model.config, model.sharing
+
+  def layers(number: int, room: int) -> LayerCache:
+    shape = (number, batch_size, room, config.num_kv_heads, config.head_size)
+    return LayerCache(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
+
+  alone = model.method.kv_cache == "recursion_wise"
+  caches = 1 if model.method.kv_cache == "shared" else rule.recursions
+  rooms = [slots_of(model, rule, which, slots) for which in range(caches)]
+  ends = int(sharing.middle)
+  return Cache(
+    lengths=jnp.zeros((batch_size,), jnp.int32),
+    before=layers(ends, slots),
+    after=layers(ends, slots),
+    block=tuple(layers(sharing.block_size, room) for room in rooms),
+    index=tuple(jnp.full((batch_size, room), _EMPTY, jnp.int32) for room in rooms) if alone else (),
+    counts=jnp.zeros((model.method.num_recursions, batch_size), jnp.int32),
+  )
+
+
+def decoder(model: nn.Module, params: Params, rule: Rule) -> Decoder:
+  """The sub-model of a rule, of plain numbers."""
+
+  def step(params: Params, tokens: jax.Array, counts: jax.Array, cache: Cache) -> tuple[jax.Array, Cache, Metrics]:
+    return _step(model, rule, params, tokens, counts, cache)
+
+  # A step reads every parameter and does little else, so they come in the dtype that computes; routers stay float32.
+  cast = {name: name not in ("router", "aux_router") for name in params}
+  params = {
+    name: jax.tree.map(lambda x: x.astype(model.config.dtype), part) if cast[name] else part
+    for name, part in params.items()
+  }
+  return Decoder(params, lambda batch_size, slots: empty_cache(model, rule, batch_size, slots), step)
+
+
+class _Position(NamedTuple):
+  """Where the new tokens of a step are.
+
+  Attributes:
+    context: of the layers in which every token takes part: rotary table, mask, slots.
+    positions: int32 [b, t]. real: bool [b, t].
+  """
+
+  context: Context
+  positions: jax.Array
+  real: jax.Array
+
+
+def _step(model, rule: Rule, params: Params, tokens, counts, cache: Cache) -> tuple[jax.Array, Cache, Metrics]:
+  length, slots = tokens.shape[1], cache.before.key.shape[2] if model.sharing.middle else _room(cache)
+  positions = cache.lengths[:, None] + jnp.arange(length, dtype=jnp.int32)[None]
+  real = jnp.arange(length)[None] < counts[:, None]
+  written = row_slots(cache.lengths, counts, length, slots)
+  context = Context(*rope_table(model.config, positions), cache_mask(cache.lengths, length, slots), written)
+  at = _Position(context, positions, real)
+  layers = recursion.split(model.sharing, params["layers"])
+
+  x = model.apply({"params": params}, tokens, method=lambda m, t: m.embedding.encode(t))
+  x, before = recursion.run_layers(model.config, layers[0], x, context, cache.before)
+  run = lambda which, x, keep, cache: _recursion(model, layers[1], which, x, keep, cache, at)
+  new = causal.New(positions, real, cache.counts)
+  x, keeps, cache = causal.recur(model, params, x, new, rule, run, cache)
+  x, after = recursion.run_layers(model.config, layers[2], x, context, cache.after)
+
+  last = jnp.take_along_axis(x, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)
+  logits = model.apply({"params": params}, last, method="head")[:, 0]
+  cache = cache._replace(lengths=cache.lengths + counts, before=before, after=after)
+  return logits, cache, causal.realised(model, keeps, real)
+
+
+def _room(cache: Cache) -> int:
+  return cache.block[0].key.shape[2]
+
+
+def _recursion(
+  model, layers: Params, which: int, x: jax.Array, keep: jax.Array, cache: Cache, at: _Position
+) -> tuple[jax.Array, Cache]:
+  """The shared block on those of the new tokens that are kept; nothing at all when none is."""
+  kind = model.method.kv_cache
+  own = cache.block[0 if kind == "shared" else which]
+  index = cache.index[which] if kind == "recursion_wise" else None
+  if kind == "hybrid" and which > 0:
+    own = _with_new(own, cache.block[0], at)
+
+  def run(x, own, index):
+    context = at.context
+    if kind == "recursion_wise":
+      context, index = _compact(cache.counts[which], keep, index, at)
+    elif which > 0:
+      slots = None if kind == "shared" else jnp.where(keep, at.positions, own.key.shape[2])
+      context = context._replace(slots=slots)
+    return *recursion.run_layers(model.config, layers, x, context, own), index
+
+  output, own, index = jax.lax.cond(jnp.any(keep), run, lambda x, own, index: (x, own, index), x, own, index)
+  block, indices = list(cache.block), list(cache.index)
+  if kind != "shared" or which == 0:
+    block[which] = own
+  if kind == "recursion_wise":
+    indices[which] = index
+  counts = cache.counts.at[which].add(jnp.sum(keep, axis=1, dtype=jnp.int32))
+  return output, cache._replace(block=tuple(block), index=tuple(indices), counts=counts)
+
+
+def _compact(count: jax.Array, keep: jax.Array, index: jax.Array, at: _Position) -> tuple[Context, jax.Array]:
+  """The next free slots for the kept tokens, and the slots' positions with them in."""
+  room = index.shape[1]
+  slots = jnp.where(keep, count[:, None] + jnp.cumsum(keep, axis=1) - 1, room)
+  index = jax.vmap(lambda row, slot, position: row.at[slot].set(position, mode="drop"))(index, slots, at.positions)
+  mask = (index[:, None, :] <= at.positions[:, :, None])[:, None]
+  return at.context._replace(slots=slots, mask=mask), index
+
+
+def _with_new(own: LayerCache, base: LayerCache, at: _Position) -> LayerCache:
+  """A recursion's cache with the first one's keys and values for the new tokens."""
+  slots = jnp.arange(own.key.shape[2])
+  new = jnp.any((slots[None, None] == at.positions[:, :, None]) & at.real[:, :, None], axis=1)
+  return jax.tree.map(lambda mine, theirs: jnp.where(new[None, :, :, None, None], theirs, mine), own, base)

@@ -1,0 +1,116 @@
+"""What `generate.py` does: continue prompts with a sub-model of a run."""
+
+import dataclasses
+import io
+import sys
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from adaptive.config import ConfigError, require
+from adaptive.data.tokenizers import Tokenizer, check_vocab, make_tokenizer
+from adaptive.generation.loop import Generator, Result, check
+from adaptive.generation.sampling import Sampling
+from adaptive.generation.text import RowText
+from adaptive.training.run import find_submodel, load_params, load_plan
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+  """What to generate.
+
+  Attributes:
+    prompts: each begins a document; an empty one asks for a document from its start.
+    sampling, seed, max_new_tokens: as in `adaptive.generation`.
+    submodel: its name; None is the full model. step: of the checkpoint; None is the newest.
+    max_len: limit on the tokens of a prompt and its continuation; None is the length of rows that the run trained on.
+    stop: a continuation ends before this text, or with its document; empty: only with its document.
+  """
+
+  prompts: tuple[str, ...]
+  sampling: Sampling
+  submodel: str | None = None
+  step: int | None = None
+  max_new_tokens: int = 100
+  max_len: int | None = None
+  seed: int = 0
+  stop: str = ""
+
+
+def complete(workdir: str, request: Request) -> None:
+  """Prints every prompt with its continuation, that of a single prompt as it comes, and on stderr how fast that was.
+
+  Raises:
+    ConfigError: anything that cannot work; all but a missing checkpoint is found before parameters are read.
+  """
+  require(jax.process_count() == 1, "generate.py runs in one process")
+  plan = load_plan(workdir)
+  submodels = plan.method.submodels(plan.model)
+  submodel = submodels[-1] if request.submodel is None else find_submodel(plan, request.submodel)
+  data = plan.experiment.data
+  tokenizer = make_tokenizer(data)
+  check_vocab(tokenizer, plan.experiment.model.vocab_size)
+  prompts = [_encode(tokenizer, prompt) for prompt in request.prompts]
+  max_len = data.seq_len if request.max_len is None else request.max_len
+  check(prompts, request.max_new_tokens, request.seed, tokenizer.vocab_size, max_len)
+  _, params = load_params(plan, workdir, request.step)
+  decoder = plan.method.decoder(plan.model, params, submodel)
+  generator = Generator(
+    decoder, tokenizer.vocab_size, request.sampling, stop_tokens=(tokenizer.eos,), max_len=max_len, mesh=plan.mesh
+  )
+  texts = [RowText(tokenizer, prompt, request.stop) for prompt in prompts]
+  if isinstance(sys.stdout, io.TextIOWrapper):
+    sys.stdout.reconfigure(errors="replace")  # a model writes what it likes, a terminal may know less
+  result = (_stream if len(prompts) == 1 else _print_all)(generator, request, prompts, texts)
+  print(_summary(result), file=sys.stderr)
+
+
+def _encode(tokenizer: Tokenizer, prompt: str) -> list[int]:
+  """Ids of the beginning of a document."""
+  try:
+    return [tokenizer.bos, *tokenizer.encode(prompt).tolist()]
+  except UnicodeEncodeError as error:  # how Python keeps arguments that are not UTF-8
+    raise ConfigError(f"the prompt {prompt!r} is not UTF-8") from error
+
+
+def _stream(generator: Generator, request: Request, prompts: Sequence[Sequence[int]], texts: list[RowText]) -> Result:
+  """Prints the only prompt, and what follows as it comes."""
+  show = lambda text, end="": print(text, end=end, flush=True)
+
+  def watch(row: int, token: int) -> bool:
+    show(texts[row].feed(token))
+    return texts[row].stopped
+
+  show(request.prompts[0])
+  try:
+    result = generator(prompts, request.max_new_tokens, request.seed, watch=watch)
+  except KeyboardInterrupt:
+    show("", end="\n")
+    raise
+  show(texts[0].end(), end="\n")
+  return result
+
+
+def _print_all(
+  generator: Generator, request: Request, prompts: Sequence[Sequence[int]], texts: list[RowText]
+) -> Result:
+  """Prints every prompt with its continuation when all are done, each below a line with its number."""
+  pieces = [[prompt] for prompt in request.prompts]
+
+  def watch(row: int, token: int) -> bool:
+    pieces[row].append(texts[row].feed(token))
+    return texts[row].stopped
+
+  result = generator(prompts, request.max_new_tokens, request.seed, watch=watch)
+  for number, (found, text) in enumerate(zip(pieces, texts), 1):
+    print(f"--- {number}\n{''.join(found)}{text.end()}")
+  return result
+
+
+def _summary(result: Result) -> str:
+  rows, number = len(result.tokens), sum(map(len, result.tokens))
+  speed = f"{result.tokens_per_second:.1f} tokens/s after the first" if result.tokens_per_second else "no second token"
+  means = [f"{name} {np.mean(total / np.maximum(count, 1)):.4g}" for name, (total, count) in result.metrics.items()]
+  what = "prompt" if rows == 1 else f"{rows} prompts"
+  return ", ".join([f"{number} tokens: {what} in {1000 * result.prefill_seconds:.1f} ms", speed, *means])

@@ -1,0 +1,50 @@
+"""Continues prompts with any sub-model of a trained run.
+
+python generate.py --workdir=runs/demo --prompt='def __init__(self' --submodel=depth=3,d_ff=128
+python generate.py --workdir=runs/demo --prompt='import ' --prompt='class ' --temperature=0 --max_new_tokens=40
+"""
+
+from absl import flags
+
+from adaptive import cli
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run that train.py made.")
+_PROMPT = flags.DEFINE_multi_string("prompt", [], "Beginning of a document; given several times, a batch.")
+_SUBMODEL = flags.DEFINE_string("submodel", None, "Name of a sub-model, as eval.py lists them; the full by default.")
+_STEP = flags.DEFINE_integer("step", None, "Checkpoint to use; the newest by default.")
+_MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 100, "A continuation ends after so many tokens.")
+_MAX_LEN = flags.DEFINE_integer("max_len", None, "Limit on prompt and continuation; by default the run's data.seq_len.")
+_TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "Divides the logits; 0 takes the likeliest token.")
+_TOP_K = flags.DEFINE_integer("top_k", 0, "Sample among the k likeliest tokens; 0: among all.")
+_TOP_P = flags.DEFINE_float("top_p", 1.0, "Sample among the likeliest tokens that reach this probability.")
+_SEED = flags.DEFINE_integer("seed", 0, "Of the sampling.")
+_STOP = flags.DEFINE_string("stop", "", "A continuation ends before this text.")
+
+
+def main(argv: list[str]) -> None:
+  if len(argv) > 1:
+    cli.fail(f"unexpected argument {argv[1]!r}")
+  if not _WORKDIR.value:
+    cli.fail("--workdir is missing, such as --workdir=runs/demo")
+  if not _PROMPT.value:
+    cli.fail("--prompt is missing, such as --prompt='import '; an empty one, --prompt=, starts a document")
+
+  from adaptive.generation.sampling import Sampling
+  from adaptive.training import completion
+
+  cli.use_compilation_cache(_WORKDIR.value)
+  request = completion.Request(
+    prompts=tuple(_PROMPT.value),
+    sampling=Sampling(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value),
+    submodel=_SUBMODEL.value,
+    step=_STEP.value,
+    max_new_tokens=_MAX_NEW_TOKENS.value,
+    max_len=_MAX_LEN.value,
+    seed=_SEED.value,
+    stop=_STOP.value,
+  )
+  completion.complete(_WORKDIR.value, request)
+
+
+if __name__ == "__main__":
+  cli.run(main)

@@ -1,0 +1,119 @@
+"""The decoder of every sub-model: in whatever pieces tokens arrive, the logits are those of one forward pass."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from adaptive.methods import METHODS
+
+MOR = "mixture_of_recursions"
+SETTINGS = {
+  "sorted_net": dict(depths=(2, 4), q_per_kv=(1, 3), d_ff=(8, 24)),
+  "recursive": dict(num_recursions=2),
+}
+# Of Mixture-of-Recursions: settings by variant, and where the three dials are in the list of sub-models.
+RECURSIONS = {
+  "wise": dict(),
+  "shared": dict(kv_cache="shared"),
+  "hybrid": dict(kv_cache="hybrid", router="mlp", inference="aux_router"),
+  "cycle": dict(sharing="cycle", gating="additive", gate="tanh"),
+  "random": dict(router="random", threshold_shifts=()),
+  "token": dict(routing="token_choice", gate="softmax", alpha=1.0, threshold_shifts=(), capacity_scales=()),
+  "token_hybrid": dict(
+    routing="token_choice", composition="every", kv_cache="hybrid", threshold_shifts=(), capacity_scales=()
+  ),
+}
+MODELS = {"plain": tiny.model_config(), "qwen": tiny.model_config(qk_norm=True, qkv_bias=True, tied_embeddings=False)}
+CASES = [("dense", "plain", 0), ("dense", "qwen", 0), ("sorted_net", "qwen", 0), ("sorted_net", "qwen", 5)]
+CASES += [("recursive", "plain", 0), ("recursive", "plain", 1)]
+CASES += [(MOR, variant, -1) for variant in RECURSIONS]
+CASES += [(MOR, "wise", index) for index in (0, 2, 3)] + [(MOR, "token", 0), (MOR, "hybrid", 3)]
+LENGTH, PIECE = 8, 4
+
+
+@functools.cache
+def case(name: str, variant: str, index: int):
+  """A decoder with its step compiled, tokens [3, LENGTH], and their logits of one forward pass, [3, LENGTH, v]."""
+  method = METHODS[name]
+  if name == MOR:
+    config = tiny.model_config(num_layers=6 if variant == "cycle" else 5, qk_norm=True)
+    dials = dict(threshold_shifts=(0.3,), capacity_scales=(0.5,))
+    settings = dict(num_recursions=3, **{**dials, **RECURSIONS[variant]})
+  else:
+    config, settings = MODELS[variant], SETTINGS.get(name, {})
+  model = method.build(config, method.Config(**settings))
+  index %= len(method.submodels(model))
+  params, batch = tiny.random_params(model), tiny.one_document(config, rows=3, length=LENGTH)
+  expected = jax.jit(lambda params: method.forward(model, params, batch, index).logits)(params)
+  decoder = method.decoder(model, params, method.submodels(model)[index])
+  return decoder._replace(step=jax.jit(decoder.step)), np.asarray(batch["inputs"]), np.asarray(expected)
+
+
+def run(decoder, tokens, counts_of_calls, slots=LENGTH):
+  """Feeds each row's tokens in pieces of these counts [calls, b], padded with token 1; yields (done, logits, cache)."""
+  rows = len(tokens)
+  cache, done = decoder.empty_cache(rows, slots), np.zeros(rows, int)
+  for counts in counts_of_calls:
+    piece = np.ones((rows, 1 if max(counts) == 1 else PIECE), np.int32)  # two shapes, so two programs
+    for row, count in enumerate(counts):
+      piece[row, :count] = tokens[row, done[row] : done[row] + count]
+    logits, cache, metrics = decoder.step(decoder.params, piece, jnp.asarray(counts, jnp.int32), cache)
+    done = done + counts
+    assert all(float(count) == sum(counts) for _, count in metrics.values())
+    yield done, np.asarray(logits), cache
+
+
+@pytest.mark.parametrize("which", CASES, ids=str)
+def test_token_by_token_is_one_forward_pass(which):
+  decoder, tokens, expected = case(*which)
+  for done, logits, _ in run(decoder, tokens, [(1, 1, 1)] * LENGTH):
+    np.testing.assert_allclose(logits, expected[:, done[0] - 1], atol=1e-5)
+  assert np.abs(expected).max() > 1
+
+
+@pytest.mark.parametrize("which", CASES, ids=str)
+def test_rows_of_their_own_lengths_and_pieces(which):
+  decoder, tokens, expected = case(*which)
+  calls = [(3, 1, 4), (0, 4, 1), (1, 1, 0), (4, 2, 3)]
+  for counts, (done, logits, _) in zip(calls, run(decoder, tokens, calls)):
+    for row in np.flatnonzero(counts):
+      np.testing.assert_allclose(logits[row], expected[row, done[row] - 1], atol=1e-5)
+  assert done.tolist() == [8, 8, 8], "every row has filled its cache"
+
+
+def test_a_row_without_a_token_stays_as_it_is_bit_for_bit():
+  decoder, tokens, _ = case("sorted_net", "qwen", 5)
+  calls = [(3, 2, 4), (2, 0, 1)]
+  (_, _, before), (_, _, after) = run(decoder, tokens, calls)
+  tiny.assert_trees_equal(jax.tree.map(lambda x: x[:, 1], after.layers), jax.tree.map(lambda x: x[:, 1], before.layers))
+  assert after.lengths.tolist() == [5, 2, 5]
+  assert (after.layers.key[:, 0, 3:5] != before.layers.key[:, 0, 3:5]).any()
+
+
+def test_padding_is_not_stored():
+  decoder, tokens, _ = case("dense", "qwen", 0)
+  ((_, _, cache),) = run(decoder, tokens, [(4, 2, 3)])
+  held = (np.asarray(cache.layers.key) != 0).any(axis=(0, 3, 4))
+  np.testing.assert_array_equal(held, np.arange(LENGTH)[None] < np.array([[4], [2], [3]]))
+
+
+def test_a_sub_model_s_decoder_holds_its_own_part_only():
+  decoder, _, _ = case("sorted_net", "qwen", 0)
+  assert decoder.params["layers"]["mlp"]["up"].shape == (2, 16, 2, 4)
+  assert decoder.params["layers"]["attention"]["query"].shape == (2, 16, 2, 1, 4)
+  assert decoder.empty_cache(3, 5).layers.key.shape == (2, 3, 5, 2, 4)
+
+
+def test_parameters_come_in_the_dtype_that_computes():
+  config = tiny.model_config(dtype="bfloat16", num_layers=2)
+  dense = METHODS["dense"]
+  model, params = dense.build(config, dense.Config()), tiny.random_params(config)
+  decoder = dense.decoder(model, params, dense.submodels(model)[0])
+  assert {leaf.dtype for leaf in jax.tree.leaves(decoder.params)} == {jnp.dtype("bfloat16")}
+  tokens, cache = np.zeros((2, 3), np.int32), decoder.empty_cache(2, 3)
+  logits, after, _ = jax.eval_shape(decoder.step, decoder.params, tokens, jnp.full(2, 3), cache)
+  assert (logits.dtype, after.layers.key.dtype) == (jnp.float32, jnp.bfloat16)
