@@ -127,7 +127,8 @@ def _family(entry: dict[str, Any]) -> Family:
   for fields in entry["results"]:
     lost = {m: math.nan for m in _MEASURES if fields[m] is None and m not in _OPTIONAL}
     results.append(Result(**{**fields, **lost}))
-  return Family(entry["label"], tuple(results), entry["full"], entry["notes"], entry["quality_reference"])
+  known = {name: entry[name] for name in ("label", "full", "notes", "quality_reference")}
+  return Family(**known, results=tuple(results), diagnosis=entry.get("diagnosis", {}))
 
 
 def _jsonable(value: Any) -> Any:

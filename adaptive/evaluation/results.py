@@ -74,9 +74,9 @@ class Family:
     label: the run's name in plots and tables.
     results: one per sub-model, in any order.
     full: name of the full model.
-    notes: what a reader must know (data fingerprint, steps, device, ...); printed in the reports. `diagnosis` is what
-      the method measured of the full model apart.
+    notes: what a reader must know (data fingerprint, steps, device, ...); printed in the reports.
     quality_reference: q_ref of the hypervolume, the accuracy of a trivial predictor (always the commonest token), or 0.
+    diagnosis: what the method measured of the full model apart, by name.
 
   Raises:
     ValueError: no result, two results of one name, or no result named `full`.
@@ -87,6 +87,7 @@ class Family:
   full: str
   notes: Mapping[str, str] = dataclasses.field(default_factory=dict)
   quality_reference: float = 0.0
+  diagnosis: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
   def __post_init__(self):
     names = [r.name for r in self.results]
@@ -178,8 +179,9 @@ def summary_lines(family: Family) -> list[str]:
     f"a smaller one is better in {s['nested_violations']} of {s['nested_pairs']} nested pairs; "
     f"{s['worse_and_dearer']} worse and dearer than another; Kendall's tau {number(s['kendall_tau'], '.2f')}",
   ]
-  if "diagnosis" in family.notes:
-    lines.append(f"full model: {family.notes['diagnosis']}")
+  if family.diagnosis:
+    found = ", ".join(f"{name.replace('_', ' ')} {number(value, '.4f')}" for name, value in family.diagnosis.items())
+    lines.append(f"full model: {found}")
   if s["not_finite"]:
     lines.append(f"{plural(s['not_finite'], 'sub-model')} with a loss that is not finite")
   return lines

@@ -61,11 +61,9 @@ def sweep(
     "device": f"{mesh.size} x {jax.devices()[0].device_kind}, jax {jax.__version__}",
   }
   diagnosis = method.diagnose(model, params, batches, mesh)
-  if diagnosis:
-    notes["diagnosis"] = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in diagnosis.items())
   if times:
     notes["latency"] = f"batch 1, prompt of {settings.prefill_tokens} tokens, then one token; extracted models"
-  return Family(label, tuple(results), submodels[full].name, notes, measured.commonest)
+  return Family(label, tuple(results), submodels[full].name, notes, measured.commonest, diagnosis)
 
 
 def _latencies(method: Method, model: nn.Module, params: Params, experiment: Experiment) -> dict[int, latency.Latency]:
