@@ -69,6 +69,33 @@ class Decoder(NamedTuple):
   step: Callable[[Params, jax.Array, jax.Array, Cache], tuple[jax.Array, Cache, Metrics]]
 
 
+class Ticker(NamedTuple):
+  """One sub-model as depth-wise batching runs it: requests in slots, each token at its own depth.
+
+  Attributes:
+    params: of the sub-model, for the other functions, all of which are traced.
+    empty: (slots, room) -> a state of idle slots, each with room for so many tokens.
+    advance: (params, state) -> state: the next pass of each slot under way.
+    under_way: state -> bool [b]: whose token takes a pass next. ready: state -> bool [b]: whose wants no more.
+    lengths: state -> int32 [b]: tokens of each slot, the one under way included.
+    finish: (params, state, chosen int32 [c]) -> (logits [c, v] of the next tokens of ready slots, state).
+    feed: (params, state, chosen [c], tokens [c], valid bool [c]) -> state: begins those tokens.
+    leave: (state, chosen [c], valid [c]) -> state: slots that become idle.
+    prefill: (params, state, slot int32 [], tokens [1, t], count int32 []) -> (logits [1, v], state): a new request.
+  """
+
+  params: Params
+  empty: Callable[[int, int], Any]
+  advance: Callable[[Params, Any], Any]
+  under_way: Callable[[Any], jax.Array]
+  ready: Callable[[Any], jax.Array]
+  lengths: Callable[[Any], jax.Array]
+  finish: Callable[[Params, Any, jax.Array], tuple[jax.Array, Any]]
+  feed: Callable[[Params, Any, jax.Array, jax.Array, jax.Array], Any]
+  leave: Callable[[Any, jax.Array, jax.Array], Any]
+  prefill: Callable[[Params, Any, jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+
+
 def check_index(index: int | jax.Array, number: int) -> None:
   """Raises IndexError for an int that is no position in a list of `number` sub-models, a negative one included.
 
@@ -155,3 +182,6 @@ class Method(Protocol):
 
   def decoder(self, model: nn.Module, params: Params, submodel: SubModel) -> Decoder:
     """The sub-model for generation: token by token it gives the logits of `forward`."""
+
+  def ticker(self, model: nn.Module, params: Params, submodel: SubModel) -> Ticker | None:
+    """The sub-model for depth-wise batching; None where every token takes the same path."""

@@ -80,3 +80,7 @@ def extract(model: Transformer, params: Params, submodel: SubModel) -> tuple[Mod
 
 def decoder(model: Transformer, params: Params, submodel: SubModel) -> Decoder:
   return Decoder(*decoding.dense(model.config, params))
+
+
+def ticker(model: Transformer, params: Params, submodel: SubModel) -> None:
+  """Every token takes the same path."""

@@ -158,3 +158,7 @@ def extract(model: Recursive, params: Params, submodel: SubModel) -> tuple[Model
 def decoder(model: Recursive, params: Params, submodel: SubModel) -> Decoder:
   """The unrolled model's: a shared layer has a cache for each of its passes."""
   return Decoder(*decoding.dense(*extract(model, params, submodel)))
+
+
+def ticker(model: Recursive, params: Params, submodel: SubModel) -> None:
+  """Every token takes the same path."""

@@ -333,3 +333,7 @@ def extract(model: SortedNet, params: Params, submodel: SubModel) -> tuple[Model
 def decoder(model: SortedNet, params: Params, submodel: SubModel) -> Decoder:
   """The extracted sub-model's: what is left out is neither stored nor computed."""
   return Decoder(*decoding.dense(*extract(model, params, submodel)))
+
+
+def ticker(model: SortedNet, params: Params, submodel: SubModel) -> None:
+  """Every token takes the same path."""

@@ -23,8 +23,8 @@ import numpy as np
 
 from adaptive import losses, recursion
 from adaptive.config import ModelConfig
-from adaptive.methods.contract import Batch, Decoder, Metrics, Output, Params, SubModel, check_index
-from adaptive.methods.depth.mixture_of_recursions import causal, decode, token_choice
+from adaptive.methods.contract import Batch, Decoder, Metrics, Output, Params, SubModel, Ticker, check_index
+from adaptive.methods.depth.mixture_of_recursions import causal, decode, ticks, token_choice
 from adaptive.methods.depth.mixture_of_recursions.accounting import cost, update_flops
 from adaptive.methods.depth.mixture_of_recursions.causal import Rule
 from adaptive.methods.depth.mixture_of_recursions.config import Config, check, stage_of
@@ -33,7 +33,7 @@ from adaptive.methods.depth.mixture_of_recursions.model import MixtureOfRecursio
 
 __all__ = [
   "Config", "batch_parts", "build", "control", "cost", "decoder", "diagnose", "extract", "forward", "init_from",
-  "learning_rates", "loss", "sample", "static_choice", "submodels", "update_flops",
+  "learning_rates", "loss", "sample", "static_choice", "submodels", "ticker", "update_flops",
 ]  # fmt: skip
 
 
@@ -123,3 +123,8 @@ def extract(model: MixtureOfRecursions, params: Params, submodel: SubModel) -> N
 def decoder(model: MixtureOfRecursions, params: Params, submodel: SubModel) -> Decoder:
   """With a cache for each recursion; a step leaves out the recursions that none of its tokens needs."""
   return decode.decoder(model, params, rule_of(submodel))
+
+
+def ticker(model: MixtureOfRecursions, params: Params, submodel: SubModel) -> Ticker:
+  """One pass of the shared block for many requests, each at its own recursion."""
+  return ticks.ticker(model, params, rule_of(submodel))

@@ -88,13 +88,13 @@ def recur(
     return token_choice.compose(model, routes, start, x), keeps, state
   active = new.real
   for which in range(_most(model, rule)):
-    scores, decisions = _scores(model, params, which, x, new.positions)
-    chosen = choose(which, scores, active) if choose else _passes(model, which, decisions, rule)
+    weights, decisions = scores(model, params, which, x, new.positions)
+    chosen = choose(which, weights, active) if choose else passes(model, which, decisions, rule)
     active &= chosen & (which < rule.recursions)
-    active = _bound(model, which, active, new, rule)
+    active = bound(model, which, active, new, rule)
     output, state = run(which, x, active, state)
     if model.method.gating == "weighted":
-      output = (gate(model.method, scores[..., None]) * output).astype(x.dtype)
+      output = (gate(model.method, weights[..., None]) * output).astype(x.dtype)
     x = jnp.where(active[..., None], x + output, x)
     keeps.append(active)
   return x, keeps, state
@@ -104,7 +104,7 @@ def _most(model: nn.Module, rule: Rule) -> int:
   return rule.recursions if isinstance(rule.recursions, int) else model.method.num_recursions
 
 
-def _scores(model: nn.Module, params: Params, which: int, x: jax.Array, positions: jax.Array):
+def scores(model: nn.Module, params: Params, which: int, x: jax.Array, positions: jax.Array):
   """Scores that weigh, and scores that decide; float32 [b, t] each."""
   config = model.method
   if config.router == "random":
@@ -116,7 +116,8 @@ def _scores(model: nn.Module, params: Params, which: int, x: jax.Array, position
   return scores, logits("aux_router") if config.inference == "aux_router" else scores
 
 
-def _passes(model: nn.Module, which: int, decisions: jax.Array, rule: Rule) -> jax.Array:
+def passes(model: nn.Module, which: int, decisions: jax.Array, rule: Rule) -> jax.Array:
+  """Whether tokens want recursion `which`, from the scores that decide."""
   shares = (1.0, *model.method.shares)
   if shares[which + 1] == shares[which]:  # as in training, there is nothing to choose
     return jnp.ones(decisions.shape, bool)
@@ -125,7 +126,8 @@ def _passes(model: nn.Module, which: int, decisions: jax.Array, rule: Rule) -> j
   return decisions > rule.threshold_shift
 
 
-def _bound(model: nn.Module, which: int, want: jax.Array, new: New, rule: Rule) -> jax.Array:
+def bound(model: nn.Module, which: int, want: jax.Array, new: New, rule: Rule) -> jax.Array:
+  """Those of the tokens that want recursion `which` for which the rule's capacity has room."""
   share = model.method.bound(which, rule.capacity_scale)
   if isinstance(share, float) and share >= 1:
     return want

@@ -71,7 +71,7 @@ def decoder(model: nn.Module, params: Params, rule: Rule) -> Decoder:
   """The sub-model of a rule, of plain numbers."""
 
   def step(params: Params, tokens: jax.Array, counts: jax.Array, cache: Cache) -> tuple[jax.Array, Cache, Metrics]:
-    return _step(model, rule, params, tokens, counts, cache)
+    return step_of(model, rule, params, tokens, counts, cache)
 
   # A step reads every parameter and does little else, so they come in the dtype that computes; routers stay float32.
   cast = {name: name not in ("router", "aux_router") for name in params}
@@ -95,7 +95,8 @@ class _Position(NamedTuple):
   real: jax.Array
 
 
-def _step(model, rule: Rule, params: Params, tokens, counts, cache: Cache) -> tuple[jax.Array, Cache, Metrics]:
+def step_of(model, rule: Rule, params: Params, tokens, counts, cache: Cache) -> tuple[jax.Array, Cache, Metrics]:
+  """`Decoder.step`; the cache may have more room than the rule needs."""
   length, slots = tokens.shape[1], cache.before.key.shape[2] if model.sharing.middle else _room(cache)
   positions = cache.lengths[:, None] + jnp.arange(length, dtype=jnp.int32)[None]
   real = jnp.arange(length)[None] < counts[:, None]

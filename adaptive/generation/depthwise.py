@@ -1,0 +1,179 @@
+"""Depth-wise batching: a queue of requests through slots that each go as deep as their token needs.
+
+A tick is one program: every slot under way takes a pass; of the slots that are ready, those that have waited longest
+get their next token and begin it. The host reads what a tick sampled while the device computes the next one, and fills
+the slots of requests that have ended.
+"""
+
+import collections
+import dataclasses
+import functools
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from adaptive.config import require
+from adaptive.generation.loop import bucket, check
+from adaptive.generation.sampling import Sampling, row_keys, sample
+from adaptive.methods.contract import Params, Ticker
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+  """What was generated, for each prompt.
+
+  Attributes:
+    tokens: without the prompt; the stop token that ended a request is its last.
+    seconds: from the first prompt to the last token, prompts included, without compilation. ticks: programs run.
+    occupancy: share of the slots that took a pass, mean over ticks.
+  """
+
+  tokens: list[list[int]]
+  seconds: float
+  ticks: int
+  occupancy: float
+
+  @property
+  def tokens_per_second(self) -> float:
+    return sum(map(len, self.tokens)) / self.seconds
+
+
+class _State(NamedTuple):
+  """What the device holds, by slot [b].
+
+  Attributes:
+    slots: of the ticker. numbers: of the request. made: its tokens so far. waited: ticks since it was ready.
+  """
+
+  slots: Any
+  numbers: jax.Array
+  made: jax.Array
+  waited: jax.Array
+
+
+class _Sampled(NamedTuple):
+  """On its way to the host: slots [c] with a new token, the tokens, which are real, which end; slots that passed []."""
+
+  chosen: jax.Array
+  tokens: jax.Array
+  valid: jax.Array
+  ends: jax.Array
+  passed: jax.Array
+
+
+class DepthwiseGenerator:
+  """Generates with one sub-model, and keeps its compiled programs.
+
+  Args:
+    ticker: of the sub-model. vocab_size: only ids below it are sampled. sampling, stop_tokens: as of `Generator`.
+    slots: requests under way at a time.
+    finishing: slots that may begin a next token in one tick; about slots / (mean passes of a token) keeps them busy.
+  """
+
+  def __init__(
+    self,
+    ticker: Ticker,
+    vocab_size: int,
+    sampling: Sampling | None = None,
+    stop_tokens: Sequence[int] = (),
+    slots: int = 32,
+    finishing: int = 16,
+  ):
+    require(0 < finishing <= slots, f"finishing={finishing} must lie in 1 .. {slots}, the number of slots")
+    self._ticker, self._vocab_size, self._sampling = ticker, vocab_size, sampling or Sampling()
+    self._stop_tokens, self._slots, self._finishing = tuple(stop_tokens), slots, finishing
+    self._admit = jax.jit(self._admitted, donate_argnums=1)
+    self._tick = jax.jit(self._ticked, donate_argnums=1, static_argnums=3)
+
+  def __call__(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, seed: int = 0) -> Result:
+    """Continues every prompt by up to max_new_tokens. What comes depends on a prompt's number, not on the others.
+
+    Raises:
+      ConfigError: a prompt is empty, or holds an id that no token has.
+    """
+    check(prompts, max_new_tokens, seed, self._vocab_size, None)
+    length = bucket(max(map(len, prompts)))
+    room = bucket(max(map(len, prompts)) + max_new_tokens)
+    state = self._empty(room)
+    self._compile(state, length, max_new_tokens)
+    waiting = collections.deque(range(len(prompts)))
+    holder: list[int | None] = [None] * self._slots
+    tokens, passed, ticks, held = [[] for _ in prompts], 0, 0, None
+    params, seed = self._ticker.params, np.uint32(seed)
+    start = time.perf_counter()
+    while waiting or any(number is not None for number in holder):
+      for slot in range(self._slots):
+        if waiting and holder[slot] is None:
+          holder[slot] = number = waiting.popleft()
+          padded = np.zeros((1, length), np.int32)
+          padded[0, : len(prompts[number])] = prompts[number]
+          state, sampled = self._admit(params, state, slot, number, padded, len(prompts[number]), max_new_tokens, seed)
+          self._read(sampled, holder, tokens)
+      state, sampled = self._tick(params, state, seed, max_new_tokens)
+      ticks += 1
+      if held is not None:
+        passed += self._read(held, holder, tokens)
+      held = sampled
+    return Result(tokens, time.perf_counter() - start, ticks, passed / max(ticks * self._slots, 1))
+
+  def _read(self, sampled: _Sampled, holder: list[int | None], tokens: list[list[int]]) -> int:
+    """Takes down what a program sampled; how many slots passed in it."""
+    found = jax.device_get(sampled)
+    for slot, token, valid, ends in zip(found.chosen, found.tokens, found.valid, found.ends):
+      if not valid:
+        continue
+      tokens[holder[slot]].append(int(token))
+      if ends:
+        holder[slot] = None
+    return int(found.passed)
+
+  def _empty(self, room: int) -> _State:
+    zeros = lambda: jnp.zeros((self._slots,), jnp.int32)  # each its own buffer, to be donated
+    return _State(self._ticker.empty(self._slots, room), zeros(), zeros(), zeros())
+
+  def _compile(self, state: _State, length: int, most: int) -> None:
+    """Compiles both programs on a state of nothing, so that no request pays for it."""
+    like = functools.partial(jax.tree.map, jnp.copy)
+    prompt, seed = np.zeros((1, length), np.int32), np.uint32(0)
+    jax.block_until_ready(self._admit(self._ticker.params, like(state), 0, 0, prompt, 1, most, seed))
+    jax.block_until_ready(self._tick(self._ticker.params, like(state), seed, most))
+
+  def _admitted(
+    self, params: Params, state: _State, slot, number, tokens, count, most, seed
+  ) -> tuple[_State, _Sampled]:
+    """A request into a slot, and its first token."""
+    logits, slots = self._ticker.prefill(params, state.slots, slot, tokens, jnp.asarray(count, jnp.int32))
+    chosen = jnp.asarray(slot, jnp.int32)[None]
+    state = _State(slots, state.numbers.at[slot].set(number), state.made.at[slot].set(0), state.waited.at[slot].set(0))
+    lengths = jnp.asarray(count, jnp.int32)[None]
+    return self._begin(params, state, chosen, jnp.ones((1,), bool), logits, lengths, most, seed, jnp.int32(0))
+
+  def _ticked(self, params: Params, state: _State, seed, most: int) -> tuple[_State, _Sampled]:
+    slots = self._ticker.advance(params, state.slots)
+    ready = self._ticker.ready(slots)
+    waited = jnp.where(ready, state.waited + 1, 0)
+    chosen = jnp.argsort(-waited, stable=True)[: self._finishing].astype(jnp.int32)
+    passed = jnp.sum(self._ticker.under_way(state.slots), dtype=jnp.int32)
+    logits, slots = self._ticker.finish(params, slots, chosen)
+    state = state._replace(slots=slots, waited=waited)
+    lengths = self._ticker.lengths(slots)[chosen]
+    return self._begin(params, state, chosen, ready[chosen], logits, lengths, most, seed, passed)
+
+  def _begin(self, params, state: _State, chosen, valid, logits, lengths, most, seed, passed):
+    """Samples the next tokens of the chosen slots and begins them, unless they are the last of their requests."""
+    keys = row_keys(seed, state.numbers[chosen], lengths)
+    tokens, _ = sample(logits[:, : self._vocab_size], keys, self._sampling)
+    made = state.made[chosen] + 1
+    ends = (made >= most) | jnp.isin(tokens, jnp.asarray(self._stop_tokens, jnp.int32))
+    slots = self._ticker.feed(params, state.slots, chosen, tokens, valid & ~ends)
+    slots = self._ticker.leave(slots, chosen, valid & ends)
+    state = state._replace(
+      slots=slots,
+      made=state.made.at[chosen].add(valid.astype(jnp.int32)),
+      waited=state.waited.at[chosen].set(jnp.where(valid, 0, state.waited[chosen])),
+    )
+    return state, _Sampled(chosen, tokens, valid, valid & ends, passed)

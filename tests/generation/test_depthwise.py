@@ -1,0 +1,64 @@
+"""Depth-wise batching says what plain generation says, for every request, whoever shares the slots with it."""
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from adaptive.config import ConfigError
+from adaptive.generation.depthwise import DepthwiseGenerator
+from adaptive.generation.loop import Generator
+from adaptive.generation.sampling import Sampling
+from adaptive.methods import METHODS
+
+MOR = METHODS["mixture_of_recursions"]
+STOP, MOST = 5, 8
+PROMPTS = [np.random.default_rng(n).integers(0, 32, n).tolist() for n in (3, 1, 7, 5, 2, 4, 6)]
+
+
+def made(**settings):
+  config = tiny.model_config(num_layers=6 if settings.get("sharing") == "cycle" else 5)
+  model = MOR.build(config, MOR.Config(num_recursions=3, threshold_shifts=(0.3,), capacity_scales=(0.5,), **settings))
+  return model, tiny.random_params(model)
+
+
+@pytest.mark.parametrize(("settings", "which", "temperature"), [
+  (dict(), -1, 1.0),
+  (dict(), 0, 0.0),
+  (dict(gating="additive"), 3, 0.0),
+  (dict(kv_cache="shared"), 2, 1.0),
+  (dict(sharing="cycle", gate="tanh", router="mlp", inference="aux_router"), -1, 0.0),
+], ids=str)  # fmt: skip
+def test_requests_get_what_they_get_alone(settings, which, temperature):
+  model, params = made(**settings)
+  submodel, sampling = MOR.submodels(model)[which], Sampling(temperature=temperature)
+  plain = Generator(MOR.decoder(model, params, submodel), 32, sampling, stop_tokens=(STOP,))(PROMPTS, MOST, seed=3)
+  deep = DepthwiseGenerator(
+    MOR.ticker(model, params, submodel), 32, sampling, stop_tokens=(STOP,), slots=3, finishing=2
+  )
+  found = deep(PROMPTS, MOST, seed=3)
+  assert found.tokens == plain.tokens
+  assert max(map(len, found.tokens)) == MOST
+  assert 0 < found.occupancy <= 1
+
+
+def test_a_shallow_token_does_not_wait_for_a_deep_one():
+  model, params = made()
+  params["router"]["weight"] = jax.numpy.zeros_like(params["router"]["weight"])  # no score exceeds the threshold
+  tick = lambda which: DepthwiseGenerator(
+    MOR.ticker(model, params, MOR.submodels(model)[which]), 32, Sampling(temperature=0.0), slots=2, finishing=2
+  )(PROMPTS[:2], MOST)
+  assert MOR.submodels(model)[-1].name == "recursions=3"
+  assert tick(-1).ticks <= MOST + 2  # one pass a token, and ticks that the host is behind
+
+
+def test_what_cannot_be_is_refused():
+  model, params = made(kv_cache="hybrid")
+  with pytest.raises(ConfigError, match="needs method.kv_cache 'recursion_wise' or 'shared'"):
+    MOR.ticker(model, params, MOR.submodels(model)[-1])
+  model = MOR.build(tiny.model_config(num_layers=5), MOR.Config(routing="token_choice"))
+  with pytest.raises(ConfigError, match="needs method.routing='expert_choice'"):
+    MOR.ticker(model, tiny.random_params(model), MOR.submodels(model)[-1])
+  model, params = made()
+  with pytest.raises(ConfigError, match="finishing=4 must lie in 1 .. 3"):
+    DepthwiseGenerator(MOR.ticker(model, params, MOR.submodels(model)[-1]), 32, slots=3, finishing=4)
