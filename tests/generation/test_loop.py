@@ -137,7 +137,7 @@ def test_the_fewest_tokens(slow, number):
   assert generator()(PROMPTS, number).tokens == [tokens[:number] for tokens, _ in slow]
 
 
-def counting_decoder(calls=None):
+def counting_decoder():
   """A decoder whose next token is always one more than the newest; it counts real tokens, and its rows' sums."""
 
   def step(params, tokens, counts, cache):
@@ -159,6 +159,12 @@ def test_finished_rows_take_part_in_nothing():
   generated = Generator(counting_decoder(), VOCAB, GREEDY, stop_tokens=(4,))([[1, 2], [10]], 5)
   assert generated.tokens == [[3, 4], [11, 12, 13, 14, 15]]
   assert generated.metrics == {"mean": (1 + 2 + 3 + 10 + 11 + 12 + 13 + 14, 8)}
+
+
+def test_a_row_that_watch_ended_is_fed_one_token_more_and_no_other():
+  generated = Generator(counting_decoder(), VOCAB, GREEDY)([[1, 2], [10]], 4, watch=lambda row, token: token == 3)
+  assert generated.tokens == [[3], [11, 12, 13, 14]]
+  assert generated.metrics == {"mean": (1 + 2 + 3 + 10 + 11 + 12 + 13, 7)}, "3 was on its way when the host read it"
 
 
 def test_the_host_reads_a_token_when_the_next_step_is_under_way(monkeypatch):
