@@ -13,7 +13,12 @@ from adaptive.training.checkpoint import Checkpointer
 
 MODEL = dict(vocab_size=264, num_layers=2, d_model=16, d_ff=32, num_heads=4, num_kv_heads=2, ff_groups=2)
 CLOCK = {"time", "tokens_per_second", "flops_per_second", "mfu", "measured_matmul_peak_share"}
-METHOD = {"dense": {}, "sorted_net": {"depths": (1, 2), "d_ff": (16, 32)}}
+METHOD = {
+  "dense": {},
+  "sorted_net": {"depths": (1, 2), "d_ff": (16, 32)},
+  "recursive": {"num_recursions": 2, "sharing": "cycle"},
+  "mixture_of_recursions": {"num_recursions": 2, "sharing": "cycle", "capacity_scales": (0.5,)},
+}
 
 
 def corpus(folder: pathlib.Path, files: int = 6) -> str:

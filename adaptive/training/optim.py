@@ -69,9 +69,8 @@ def make_optimizer(
       clipped together; those of factor 0 stay as they are, and have no moments.
   """
   groups = {str(factor): _one_rate(config, steps, factor) for factor in {1.0, *factors.values()}}
-  label = lambda params: {
-    name: jax.tree.map(lambda _, n=name: str(factors.get(n, 1.0)), part) for name, part in params.items()
-  }
+  factor_of = lambda path: factors.get(path[0].key, 1.0) if path else 1.0  # optax asks without parameters, too
+  label = lambda params: jax.tree_util.tree_map_with_path(lambda path, _: str(factor_of(path)), params)
   update = optax.partition(groups, label) if factors else groups["1.0"]
   return freeze_inactive(update) if config.inactive == "freeze" else update
 

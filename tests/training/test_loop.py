@@ -24,6 +24,13 @@ VARIANTS = {
     "method.scheme": "sandwich", "method.accum_data": "shared", "method.distill": 0.5,
     "training.optimizer.name": "muon",
   }),
+  "routers": ("mixture_of_recursions", {
+    "method.inference": "aux_router", "method.warmup_steps": 7, "method.warmup_stages": 2,
+  }),
+  "controller": ("mixture_of_recursions", {
+    "method.routing": "token_choice", "method.balance": "loss_free", "method.capacity_scales": (),
+    "training.grad_accum": 2, "mesh.data": 4, "mesh.fsdp": 2,
+  }),
   "grad_accum": ("sorted_net", {"training.grad_accum": 2, "mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}),
 }  # fmt: skip
 

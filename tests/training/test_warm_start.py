@@ -1,0 +1,72 @@
+"""A run that begins with the parameters of a trained dense model."""
+
+import jax
+import numpy as np
+import pytest
+import tiny
+import tiny_run
+from caches import cache_in
+
+from adaptive import recursion
+from adaptive.config import ConfigError
+from adaptive.training import loop, warm_start
+from adaptive.training.run import load_params
+
+DEPTH = {"model.num_layers": 4}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+  """Folder of the data, and a trained dense run in it."""
+  folder = tmp_path_factory.mktemp("place")
+  with cache_in(folder / "cache"):
+    data = tiny_run.corpus(folder / "corpus")
+    run = tiny_run.assemble(data, "dense", **DEPTH, **{"training.steps": 2})
+    loop.train(run, str(folder / "dense"))
+    yield data, str(folder / "dense"), load_params(run, str(folder / "dense"))[1]
+
+
+def test_a_dense_model_begins_where_another_ended(place):
+  data, workdir, trained = place
+  run = tiny_run.assemble(data, "dense", **DEPTH, **{"training.init_from": workdir, "mesh.data": 4, "mesh.fsdp": 2})
+  state = warm_start.initial_state(run)
+  tiny.assert_trees_equal(jax.device_get(state.params), jax.device_get(trained))
+  assert int(state.step) == 0
+  where = [leaf.sharding for leaf in jax.tree.leaves(state.params)]
+  assert any(not sharding.is_fully_replicated for sharding in where), "on the mesh of the new run"
+
+
+@pytest.mark.parametrize("how", ["average", "upper"])
+def test_a_recursive_model_begins_with_tied_layers_and_fresh_routers(place, how):
+  data, workdir, trained = place
+  settings = {**DEPTH, "training.init_from": workdir, "training.init_layers": how}
+  run = tiny_run.assemble(data, "mixture_of_recursions", **settings)
+  fresh = warm_start.initial_state(tiny_run.assemble(data, "mixture_of_recursions", **DEPTH)).params
+  params = jax.device_get(warm_start.initial_state(run).params)
+  tied = recursion.tie(run.model.sharing, trained["layers"], how)
+  tiny.assert_trees_close(params["layers"], jax.device_get(tied), rtol=1e-6)
+  tiny.assert_trees_equal(params["embedding"], jax.device_get(trained["embedding"]))
+  tiny.assert_trees_equal(params["router"], jax.device_get(fresh["router"]))
+  loss = lambda p: float(run.method.loss(run.model, p, batch, (0,), jax.random.key(0), 0)[0])
+  batch = {name: np.stack([run.dataset.train[i][name] for i in range(4)]) for name in run.dataset.train[0]}
+  assert np.isfinite(loss(params))
+
+
+def test_the_command_trains_from_there(place, tmp_path):
+  data, workdir, _ = place
+  settings = {**DEPTH, "training.init_from": workdir, "training.steps": 2}
+  loop.train(tiny_run.assemble(data, "recursive", **settings), str(tmp_path / "run"))
+  lines = [line for line in tiny_run.lines(tmp_path / "run") if "loss" in line]
+  cold = tiny_run.assemble(data, "recursive", **DEPTH, **{"training.steps": 2})
+  loop.train(cold, str(tmp_path / "cold"))
+  assert lines[0]["loss"] != next(line for line in tiny_run.lines(tmp_path / "cold") if "loss" in line)["loss"]
+
+
+def test_what_does_not_fit_is_refused(place):
+  data, workdir, _ = place
+  run = tiny_run.assemble(data, "dense", **{"training.init_from": workdir})
+  with pytest.raises(ConfigError, match=r"has model.num_layers=4, this run 2: they must be equal"):
+    warm_start.initial_state(run)
+  run = tiny_run.assemble(data, "dense", **{"training.init_from": "/nowhere"})
+  with pytest.raises(ConfigError, match="/nowhere"):
+    warm_start.initial_state(run)
