@@ -42,6 +42,9 @@ class Result:
     return sum(map(len, self.tokens)) / self.seconds
 
 
+_TOGETHER = 8  # prompts that one program takes, where there are several
+
+
 class _State(NamedTuple):
   """What the device holds, by slot [b].
 
@@ -106,13 +109,15 @@ class DepthwiseGenerator:
     params, seed = self._ticker.params, np.uint32(seed)
     start = time.perf_counter()
     while waiting or any(number is not None for number in holder):
-      for slot in range(self._slots):
-        if waiting and holder[slot] is None:
-          holder[slot] = number = waiting.popleft()
-          padded = np.zeros((1, length), np.int32)
-          padded[0, : len(prompts[number])] = prompts[number]
-          state, sampled = self._admit(params, state, slot, number, padded, len(prompts[number]), max_new_tokens, seed)
-          self._read(sampled, holder, tokens)
+      free = [slot for slot in range(self._slots) if holder[slot] is None]
+      while waiting and free:
+        some, free = free[:_TOGETHER], free[_TOGETHER:]
+        some = some[: len(waiting)]
+        for slot in some:
+          holder[slot] = waiting.popleft()
+        admitted = self._padded(some, [(holder[slot], prompts[holder[slot]]) for slot in some], length)
+        state, sampled = self._admit(params, state, *admitted, max_new_tokens, seed)
+        self._read(sampled, holder, tokens)
       state, sampled = self._tick(params, state, seed, max_new_tokens)
       ticks += 1
       if held is not None:
@@ -138,19 +143,32 @@ class DepthwiseGenerator:
   def _compile(self, state: _State, length: int, most: int) -> None:
     """Compiles both programs on a state of nothing, so that no request pays for it."""
     like = functools.partial(jax.tree.map, jnp.copy)
-    prompt, seed = np.zeros((1, length), np.int32), np.uint32(0)
-    jax.block_until_ready(self._admit(self._ticker.params, like(state), 0, 0, prompt, 1, most, seed))
+    seed = np.uint32(0)
+    for rows in (1, _TOGETHER):
+      nothing = np.zeros((3, rows), np.int32)
+      args = nothing[0], nothing[1], np.zeros((rows, length), np.int32), nothing[2]
+      jax.block_until_ready(self._admit(self._ticker.params, like(state), *args, most, seed))
     jax.block_until_ready(self._tick(self._ticker.params, like(state), seed, most))
 
-  def _admitted(
-    self, params: Params, state: _State, slot, number, tokens, count, most, seed
-  ) -> tuple[_State, _Sampled]:
-    """A request into a slot, and its first token."""
-    logits, slots = self._ticker.prefill(params, state.slots, slot, tokens, jnp.asarray(count, jnp.int32))
-    chosen = jnp.asarray(slot, jnp.int32)[None]
-    state = _State(slots, state.numbers.at[slot].set(number), state.made.at[slot].set(0), state.waited.at[slot].set(0))
-    lengths = jnp.asarray(count, jnp.int32)[None]
-    return self._begin(params, state, chosen, jnp.ones((1,), bool), logits, lengths, most, seed, jnp.int32(0))
+  def _padded(self, slots: Sequence[int], requests: Sequence[tuple[int, Sequence[int]]], length: int):
+    """Slots, numbers, tokens and their counts for a program of one request, or of several with rows of none."""
+    rows = 1 if len(slots) == 1 else _TOGETHER
+    chosen, numbers, counts = np.zeros((3, rows), np.int32)
+    tokens = np.zeros((rows, length), np.int32)
+    chosen[: len(slots)] = slots
+    for row, (number, prompt) in enumerate(requests):
+      numbers[row], counts[row] = number, len(prompt)
+      tokens[row, : len(prompt)] = prompt
+    return chosen, numbers, tokens, counts
+
+  def _admitted(self, params: Params, state: _State, chosen, numbers, tokens, counts, most, seed):
+    """Requests into slots, and the first token of each."""
+    logits, slots = self._ticker.prefill(params, state.slots, chosen, tokens, counts)
+    valid = counts > 0
+    target = jnp.where(valid, chosen, self._slots)
+    put = lambda leaf, values: leaf.at[target].set(values, mode="drop")
+    state = _State(slots, put(state.numbers, numbers), put(state.made, 0), put(state.waited, 0))
+    return self._begin(params, state, chosen, valid, logits, counts, most, seed, jnp.int32(0))
 
   def _ticked(self, params: Params, state: _State, seed, most: int) -> tuple[_State, _Sampled]:
     slots = self._ticker.advance(params, state.slots)
@@ -165,6 +183,7 @@ class DepthwiseGenerator:
 
   def _begin(self, params, state: _State, chosen, valid, logits, lengths, most, seed, passed):
     """Samples the next tokens of the chosen slots and begins them, unless they are the last of their requests."""
+    target = jnp.where(valid, chosen, self._slots)  # what is not valid may name a slot twice
     keys = row_keys(seed, state.numbers[chosen], lengths)
     tokens, _ = sample(logits[:, : self._vocab_size], keys, self._sampling)
     made = state.made[chosen] + 1
@@ -173,7 +192,7 @@ class DepthwiseGenerator:
     slots = self._ticker.leave(slots, chosen, valid & ends)
     state = state._replace(
       slots=slots,
-      made=state.made.at[chosen].add(valid.astype(jnp.int32)),
-      waited=state.waited.at[chosen].set(jnp.where(valid, 0, state.waited[chosen])),
+      made=state.made.at[target].add(1, mode="drop"),
+      waited=state.waited.at[target].set(0, mode="drop"),
     )
     return state, _Sampled(chosen, tokens, valid, valid & ends, passed)

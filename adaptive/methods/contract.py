@@ -81,7 +81,7 @@ class Ticker(NamedTuple):
     finish: (params, state, chosen int32 [c]) -> (logits [c, v] of the next tokens of ready slots, state).
     feed: (params, state, chosen [c], tokens [c], valid bool [c]) -> state: begins those tokens.
     leave: (state, chosen [c], valid [c]) -> state: slots that become idle.
-    prefill: (params, state, slot int32 [], tokens [1, t], count int32 []) -> (logits [1, v], state): a new request.
+    prefill: (params, state, chosen [c], tokens [c, t], counts [c]) -> (logits [c, v], state): new requests; 0 is none.
   """
 
   params: Params

@@ -66,7 +66,7 @@ def ticker(model: nn.Module, params: Params, rule: Rule) -> Ticker:
     finish=lambda params, slots, chosen: _finish(model, params, slots, chosen),
     feed=lambda params, slots, chosen, tokens, valid: _feed(model, rule, params, slots, chosen, tokens, valid),
     leave=_leave,
-    prefill=lambda params, slots, slot, tokens, count: _prefill(model, rule, params, slots, slot, tokens, count),
+    prefill=lambda params, slots, chosen, tokens, counts: _prefill(model, rule, params, slots, chosen, tokens, counts),
   )
 
 
@@ -144,41 +144,49 @@ def _feed(model: nn.Module, rule: Rule, params: Params, slots: Slots, chosen, to
   """Begins the next token [c] of the chosen slots, where valid [c]."""
   position = slots.lengths[chosen]
   x = model.apply({"params": params}, tokens[:, None], method=lambda m, t: m.embedding.encode(t))[:, 0]
-  target = jnp.where(valid, position, slots.room)
+  target, begins = jnp.where(valid, position, slots.room), jnp.where(valid, chosen, slots.which.shape[0])
   x, before = _around(model, _layers(model, params)[0], x, position, slots.before, chosen, target)
   begun = slots._replace(
-    x=slots.x.at[chosen].set(jnp.where(valid[:, None], x, slots.x[chosen])),
-    which=slots.which.at[chosen].set(jnp.where(valid, 0, slots.which[chosen])),
-    lengths=slots.lengths.at[chosen].add(valid.astype(jnp.int32)),
+    x=slots.x.at[begins].set(x, mode="drop"),
+    which=slots.which.at[begins].set(0, mode="drop"),
+    lengths=slots.lengths.at[begins].add(1, mode="drop"),
     before=before,
   )
   decided = _decide(model, rule, params, begun)
   # Only those that begin decide here; the others have done so when they advanced.
-  fresh = jnp.zeros(slots.which.shape, bool).at[chosen].set(valid)
+  fresh = jnp.zeros(slots.which.shape, bool).at[begins].set(True, mode="drop")
   return decided._replace(
     which=jnp.where(fresh, decided.which, slots.which), weight=jnp.where(fresh, decided.weight, slots.weight)
   )
 
 
 def _leave(slots: Slots, chosen: jax.Array, valid: jax.Array) -> Slots:
-  return slots._replace(which=slots.which.at[chosen].set(jnp.where(valid, IDLE, slots.which[chosen])))
+  leaves = jnp.where(valid, chosen, slots.which.shape[0])
+  return slots._replace(which=slots.which.at[leaves].set(IDLE, mode="drop"))
 
 
-def _prefill(
-  model: nn.Module, rule: Rule, params: Params, slots: Slots, slot, tokens, count
-) -> tuple[jax.Array, Slots]:
-  """A prompt [1, t] of `count` tokens into a slot, which stays idle until it is fed; logits [1, v] of what follows."""
-  cache = decode.empty_cache(model, Rule(model.method.num_recursions), 1, slots.room)
-  logits, cache, _ = decode.step_of(model, rule, params, tokens, count[None], cache)
-  put = lambda leaf, row, axis: jax.lax.dynamic_update_slice_in_dim(leaf, row, slot, axis)
+def _prefill(model: nn.Module, rule: Rule, params: Params, slots: Slots, chosen, tokens, counts):
+  """Prompts [c, t] of `counts` tokens into the chosen slots, which stay idle until they are fed; those of 0 are none.
+
+  Returns:
+    Logits [c, v] of what follows, and the slots.
+  """
+  cache = decode.empty_cache(model, Rule(model.method.num_recursions), tokens.shape[0], slots.room)
+  logits, cache, _ = decode.step_of(model, rule, params, tokens, counts, cache)
+  target = jnp.where(counts > 0, chosen, slots.which.shape[0])
+
+  def put(leaf, rows, axis: int):
+    where = (slice(None),) * axis + (target,)
+    return leaf.at[where].set(rows, mode="drop")
+
   block = jax.tree.map(lambda *parts: jnp.stack(parts, axis=1), *cache.block)
   index = put(slots.index, jnp.stack(cache.index), 1) if cache.index else slots.index
   return logits, slots._replace(
-    which=slots.which.at[slot].set(IDLE),
+    which=slots.which.at[target].set(IDLE, mode="drop"),
     lengths=put(slots.lengths, cache.lengths, 0),
-    before=jax.tree.map(lambda leaf, row: put(leaf, row, 1), slots.before, cache.before),
-    after=jax.tree.map(lambda leaf, row: put(leaf, row, 1), slots.after, cache.after),
-    block=jax.tree.map(lambda leaf, row: put(leaf, row, 2), slots.block, block),
+    before=jax.tree.map(lambda leaf, rows: put(leaf, rows, 1), slots.before, cache.before),
+    after=jax.tree.map(lambda leaf, rows: put(leaf, rows, 1), slots.after, cache.after),
+    block=jax.tree.map(lambda leaf, rows: put(leaf, rows, 2), slots.block, block),
     index=index,
     counts=put(slots.counts, cache.counts, 1),
   )
