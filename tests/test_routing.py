@@ -37,7 +37,8 @@ def test_chunks_are_rounded_up_one_by_one(capacity, length, chunk, tokens):
 
 
 @pytest.mark.parametrize(("capacity", "length", "multiple", "tokens"), [
-  (1 / 3, 2048, 128, 640), (2 / 3, 2048, 128, 1408), (0.01, 2048, 128, 128), (1.0, 2048, 128, 2048), (0.5, 100, 128, 100)
+  (1 / 3, 2048, 128, 640), (2 / 3, 2048, 128, 1408), (0.01, 2048, 128, 128), (1.0, 2048, 128, 2048),
+  (0.5, 100, 128, 100),
 ])  # fmt: skip
 def test_a_multiple_rounds_to_the_nearest_and_stays_in_the_row(capacity, length, multiple, tokens):
   assert routing.capacity_tokens(capacity, length, multiple=multiple) == tokens
@@ -92,12 +93,17 @@ def test_take_and_put_are_numpy_s(extra):
 
 
 def test_at_marks_the_positions():
-  assert routing.at(jnp.asarray([[0, 3], [1, 2]]), 4).tolist() == [[True, False, False, True], [False, True, True, False]]
+  assert routing.at(jnp.asarray([[0, 3], [1, 2]]), 4).tolist() == [
+    [True, False, False, True],
+    [False, True, True, False],
+  ]
 
 
 def test_gradients_of_take_and_put_are_those_of_selection_matrices():
   index = jnp.asarray([[0, 2], [1, 3]])
-  x, entries, weights = (jnp.asarray(np.random.default_rng(s).normal(size=(2, n, 3))) for s, n in ((0, 4), (1, 2), (2, 4)))
+  x, entries, weights = (
+    jnp.asarray(np.random.default_rng(s).normal(size=(2, n, 3))) for s, n in ((0, 4), (1, 2), (2, 4))
+  )
   keep = np.asarray(routing.at(index, 4))[..., None]
   to_x, to_entries = jax.grad(lambda x, e: jnp.sum(weights * routing.put(x, index, e)), (0, 1))(x, entries)
   np.testing.assert_array_equal(to_x, np.where(keep, 0, weights))
