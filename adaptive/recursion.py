@@ -41,7 +41,7 @@ class Sharing:
   def __post_init__(self):
     repeats, ends = self.num_recursions, 2 * self.middle
     require(repeats > 0, f"method.num_recursions={repeats} must be at least 1")
-    below = ends + (self.num_layers - ends) // repeats * repeats
+    below = ends + max(self.num_layers - ends, 0) // repeats * repeats
     near = " and ".join(str(n) for n in (below, below + repeats) if n > ends)
     shape = f"1 + {repeats} x J + 1" if self.middle else f"{repeats} x J"
     require(

@@ -1,5 +1,6 @@
 """One recursion of the shared block under each key/value rule (Section 2.3 of the paper), on any tokens of a row."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -55,12 +56,14 @@ class Block(NamedTuple):
 
   Attributes:
     model, kv_cache: settings. layers: its stacked parameters [j, ...]. everyone: all tokens of the batch.
+    remat: whether the backward pass computes each recursion once more.
   """
 
   model: ModelConfig
   kv_cache: KeyValues
   layers: recursion.Params
   everyone: Tokens
+  remat: bool = False
 
   def __call__(
     self,
@@ -80,6 +83,8 @@ class Block(NamedTuple):
     Returns:
       The block's output [b, n, d], and the keys and values of the first recursion.
     """
+    if self.remat:  # with barriers, for the recursions are unrolled and XLA could merge what is computed twice
+      return jax.checkpoint(functools.partial(self._replace(remat=False), which))(x, tokens, base, keep)
     if self.kv_cache == "recursion_wise":
       return self._run(x, tokens, visible(tokens, tokens, keep))[0], None
     if which == 0:

@@ -56,8 +56,7 @@ def recur(
     picked, some, weight = x, tokens, gate(config, scores[..., None])
     if not everyone:
       picked, some, weight = routing.take(x, chosen), tokens.take(chosen), routing.take(weight, chosen)
-    run = jax.checkpoint(block, static_argnums=(0,), prevent_cse=False) if config.remat_recursions else block
-    output, base = run(which, picked, some, base)
+    output, base = block(which, picked, some, base)
     after = picked + (output if config.gating == "additive" else (weight * output).astype(x.dtype))
     if which + 1 < config.num_recursions:
       after = recursion(which + 1, Candidates(after, some, base))

@@ -57,7 +57,7 @@ def _around(model: MixtureOfRecursions, params: Params, batch: Batch, recur) -> 
   x, context = model.apply({"params": params}, batch, method="embed")
   before, shared, after = recursion.split(model.sharing, params["layers"])
   x, _ = recursion.run_layers(model.config, before, x, context)
-  block = Block(model.config, model.method.kv_cache, shared, tokens_of(batch, context))
+  block = Block(model.config, model.method.kv_cache, shared, tokens_of(batch, context), model.method.remat_recursions)
   x, *rest = recur(block, x)
   x, _ = recursion.run_layers(model.config, after, x, context)
   return model.apply({"params": params}, x, method="head"), *rest
