@@ -45,7 +45,7 @@ def test_sizes_of_mixture_of_recursions_are_the_paper_s(which, millions, depth):
 
 def test_the_paper_s_saving_in_flops():
   """By its rule (Appendix D), with the head: 0.774 and 0.702 of a vanilla model of 32 layers."""
-  dense, experiment, model = read("dense_lm", "360m")
+  dense, _, model = read("dense_lm", "360m")
   full = dense.cost(model, dense.submodels(model)[-1], 2048, {}).flops_per_token
   for recursions, ratio in ((2, 0.774), (3, 0.702)):
     method, _, mor = read("mixture_of_recursions_lm", f"360m,{recursions}")
