@@ -76,10 +76,10 @@ def test_each_sub_model_keeps_the_tokens_that_its_dial_says(name):
     assert all(count == number for _, count in aux.values())
     dial = dict(submodel.dial)
     if "capacity_scale" in dial:
-      limits = [2 * np.ceil(dial["capacity_scale"] * share * LENGTH) for share in (1, 2 / 3, 1 / 3)]
-      assert found[0] == limits[0]
-      assert found[1] <= limits[1]
-      assert found[2] <= limits[2]
+      limits = [2 * np.ceil(dial["capacity_scale"] * share * LENGTH) for share in (2 / 3, 1 / 3)]
+      assert found[0] == number, "a recursion that takes all tokens is never bounded"
+      assert found[1] <= limits[0]
+      assert found[2] <= limits[1]
     elif "threshold_shift" in dial:
       assert found[0] == number
       assert (found[1] < full[1]) == (dial["threshold_shift"] > 0)
