@@ -1,4 +1,4 @@
-"""Every file in configs/ describes runs that can be: shapes that fit, batches that divide, settings that go together."""
+"""Every file in configs/ describes a run that can be: shapes that fit, batches that divide, settings that agree."""
 
 import pathlib
 import runpy
