@@ -13,6 +13,7 @@ from adaptive import routing
 from adaptive.methods.depth import mixture_of_recursions as mor
 from adaptive.methods.depth.mixture_of_recursions import model as models
 from adaptive.methods.depth.mixture_of_recursions import token_choice
+from adaptive.methods.depth.mixture_of_recursions.config import capacity_tokens
 
 THIRDS = (1.0, 2 / 3, 1 / 3)
 EXPERT = dict(capacities=THIRDS, z_loss=0.1, router_loss=0.5)
@@ -33,8 +34,11 @@ SETTINGS = {
     router="mlp", alpha=0.6, temperature=0.2,
   ),
   "token, hybrid, every": dict(TOKEN, kv_cache="hybrid", composition="every", sharing="cycle", layers=6),
-  "bounded": dict(TOKEN, sharing="cycle", layers=3, capacities=(1.0, 0.6, 0.2)),
-  "bounded, shared": dict(TOKEN, sharing="cycle", layers=3, capacities=THIRDS, kv_cache="shared", composition="every"),
+  "bounded": dict(TOKEN, capacities=(1.0, 0.6, 0.2)),
+  "bounded, shared": dict(
+    TOKEN, sharing="cycle", layers=3, kv_cache="shared", gate="sigmoid", composition="every", balance="loss_free",
+    router="mlp", alpha=0.6, temperature=0.2, capacities=(1.0, 0.5, 0.25),
+  ),
   "bounded, hybrid": dict(
     TOKEN, capacities=(1.0, 0.5), kv_cache="hybrid", layers=4, num_recursions=2, balance="loss_free"
   ),
@@ -129,6 +133,9 @@ def test_choices_differ_between_rows_and_are_not_the_first_tokens():
     chosen = positions_of(model, found, batch)
     varied = [a != b and list(range(len(a))) != a for a, b in zip(*chosen)]
     assert any(varied), name
+    if name.startswith("bounded"):
+      bounds = capacity_tokens(model.method, 12)[1:]
+      assert [max(map(len, lists)) for lists in list(zip(*chosen))[1:]] == list(bounds), "the bound is met"
 
 
 def check_gradients(model, params, batch, grads):

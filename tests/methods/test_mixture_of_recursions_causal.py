@@ -88,6 +88,19 @@ def test_each_sub_model_keeps_the_tokens_that_its_dial_says(name):
       assert found == [k if r < submodel["recursions"] else 0 for r, k in enumerate(full)]
 
 
+@pytest.mark.parametrize("inference", ["router", "aux_router"])
+def test_the_configured_router_decides(inference):
+  """Scores of zero are not above the threshold, so they stop a token; the other router stops none."""
+  model = build(sharing="cycle", num_recursions=3, inference=inference)
+  params, last = tiny.random_params(model, seed=1), len(mor.submodels(model)) - 1
+  batch = document()
+  kept = jax.jit(lambda params: mor.forward(model, params, batch, last).aux["capacity/2"][0])
+  names = [name for name in ("router", "aux_router") if name in params]
+  found = {name: float(kept({**params, name: jax.tree.map(jnp.zeros_like, params[name])})) for name in names}
+  assert 0 < kept(params) < 2 * LENGTH
+  assert {name: number == 0 for name, number in found.items()} == {name: name == inference for name in names}
+
+
 @pytest.mark.parametrize("routing", ["expert_choice", "token_choice"])
 def test_training_looks_ahead_only_in_expert_choice(routing):
   """So the tests above could fail."""
