@@ -46,7 +46,7 @@ class Sharing:
     shape = f"1 + {repeats} x J + 1" if self.middle else f"{repeats} x J"
     require(
       below == self.num_layers and self.num_layers > ends,
-      f"model.num_layers={self.num_layers} is not {shape} for method.sharing={self.scheme!r}; the nearest are {near}",
+      f"model.num_layers={self.num_layers} is not {shape} for method.sharing={self.scheme!r}; nearest: {near}",
     )
 
   @property

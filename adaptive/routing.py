@@ -23,6 +23,12 @@ RouterKind = Literal["linear", "mlp", "wide_mlp"]
 _HIDDEN = {"linear": 0, "mlp": 2, "wide_mlp": 4}  # hidden width in units of d_model
 
 
+def router_weights(kind: RouterKind, d_model: int, outputs: int) -> int:
+  """Weights of one router."""
+  hidden = _HIDDEN[kind] * d_model
+  return d_model * hidden + hidden * outputs if hidden else d_model * outputs
+
+
 class Router(nn.Module):
   """Declares the parameters of several routers of one kind, stacked; `router_logits` runs them.
 
@@ -44,7 +50,8 @@ class Router(nn.Module):
       param(self, "hidden", init, (self.number, width, hidden), (None, None, None))
     param(self, "weight", init, (self.number, hidden or width, self.outputs), (None, None, None))
     if self.balanced:
-      param(self, "bias", nn.initializers.zeros, (self.outputs,), (None,))
+      # Float32 whatever the model is stored in: its steps are small.
+      self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, (None,)), (self.outputs,), jnp.float32)
 
 
 def router_logits(params: Params, which: int, x: jax.Array, temperature: float = 1.0) -> jax.Array:
@@ -66,6 +73,8 @@ def capacity_tokens(capacity: float, seq_len: int, chunk: int = 0, multiple: int
       0 takes floor(capacity * seq_len) of the row.
     multiple: rounds to the nearest multiple of this, which suits a matrix unit; 1 leaves the number alone.
   """
+  if capacity >= 1:
+    return seq_len  # whatever it is a multiple of
   # A third of 255 is 85, whatever floating point makes of it.
   tokens = math.ceil(capacity * chunk - 1e-9) if chunk else math.floor(capacity * seq_len + 1e-9)
   tokens = min(max(round(tokens / multiple), 1) * multiple, chunk or seq_len)

@@ -1,6 +1,6 @@
 """The isoFLOP comparison of Mixture-of-Recursions (arXiv 2507.10524, Section 3) at a size for two CPU cores.
 
-python isoflop.py --study=configs/isoflop_demo.py --workdir=runs/isoflop --budgets=8e12,2e13
+python isoflop.py --study=configs/isoflop_demo.py --workdir=runs/isoflop --budgets=3e12,8e12
 
 Vanilla, recursive (2 and 3 recursions) and Mixture-of-Recursions (2 and 3), all of eight unrolled layers:
 1 + 3 x 2 + 1 = 1 + 2 x 3 + 1. The number of steps is set by the budget.

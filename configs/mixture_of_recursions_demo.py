@@ -17,6 +17,6 @@ def get_config(variant="mor"):
   config.training.update(steps=300, checkpoint_every=100)
   config.training.optimizer.update(name="muon", warmup_steps=40)
   if variant == "mor":
-    config.method.update(threshold_shifts=(-1.0, 1.0), capacity_scales=(0.75, 0.5))
+    config.method.update(score_shifts=(-1.0, 1.0), capacity_scales=(0.75, 0.5))
   config.evaluation.update(rows=128)
   return config

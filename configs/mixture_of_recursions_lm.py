@@ -24,8 +24,10 @@ STEPS = {1: 9_438, 2: 12_619, 3: 14_161, 4: 14_216}
 
 
 def get_config(which="360m,3"):
-  size, recursions = which.split(",")
-  recursions = int(recursions)
+  size, _, recursions = which.partition(",")
+  recursions = int(recursions or 3)
+  if size not in SHAPES:
+    raise ValueError(f"no size {size!r}; there are {', '.join(SHAPES)}")
   config = methods.default_config("mixture_of_recursions")
   config.model.update(SHAPES[size], vocab_size=49152, tied_embeddings=True, dtype="bfloat16", remat="full")
   # The unrolled depth is the next that divides, as in the paper: 1 + 10 x 3 + 1 for 135m, 34 for 360m with four.

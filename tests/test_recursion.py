@@ -30,21 +30,21 @@ def test_one_recursion_shares_nothing(scheme):
 
 
 @pytest.mark.parametrize(("scheme", "layers", "repeats", "message"), [
-  ("cycle", 8, 3, "model.num_layers=8 is not 3 x J for method.sharing='cycle'; the nearest are 6 and 9"),
-  ("sequence", 10, 4, "model.num_layers=10 is not 4 x J for method.sharing='sequence'; the nearest are 8 and 12"),
-  ("cycle", 2, 3, "the nearest are 3"),
-  ("middle_cycle", 9, 3, "model.num_layers=9 is not 1 + 3 x J + 1 for method.sharing='middle_cycle'; the nearest are 8 "
+  ("cycle", 8, 3, "model.num_layers=8 is not 3 x J for method.sharing='cycle'; nearest: 6 and 9"),
+  ("sequence", 10, 4, "model.num_layers=10 is not 4 x J for method.sharing='sequence'; nearest: 8 and 12"),
+  ("cycle", 2, 3, "nearest: 3"),
+  ("middle_cycle", 9, 3, "model.num_layers=9 is not 1 + 3 x J + 1 for method.sharing='middle_cycle'; nearest: 8 "
    "and 11"),
-  ("middle_sequence", 30, 3, "the nearest are 29 and 32"),
-  ("middle_cycle", 2, 3, "the nearest are 5"),
-  ("middle_cycle", 1, 3, "the nearest are 5"),
+  ("middle_sequence", 30, 3, "nearest: 29 and 32"),
+  ("middle_cycle", 2, 3, "nearest: 5"),
+  ("middle_cycle", 1, 3, "nearest: 5"),
   ("cycle", 4, 0, "method.num_recursions=0 must be at least 1"),
 ])  # fmt: skip
 def test_a_depth_that_does_not_divide_is_refused_with_the_nearest(scheme, layers, repeats, message):
   with pytest.raises(ConfigError) as error:
     Sharing(scheme, layers, repeats)
   assert str(error.value).endswith(message)
-  for near in [int(word) for word in message.partition("nearest are")[2].split() if word.isdecimal()]:
+  for near in [int(word) for word in message.partition("nearest:")[2].split() if word.isdecimal()]:
     Sharing(scheme, near, repeats)
 
 

@@ -74,7 +74,8 @@ class DepthwiseGenerator:
   Args:
     ticker: of the sub-model. vocab_size: only ids below it are sampled. sampling, stop_tokens: as of `Generator`.
     slots: requests under way at a time.
-    finishing: slots that may begin a next token in one tick; about slots / (mean passes of a token) keeps them busy.
+    finishing: slots that may begin a next token in one tick; about slots / (mean passes of a token) keeps them busy;
+      None is half of them.
   """
 
   def __init__(
@@ -84,13 +85,15 @@ class DepthwiseGenerator:
     sampling: Sampling | None = None,
     stop_tokens: Sequence[int] = (),
     slots: int = 32,
-    finishing: int = 16,
+    finishing: int | None = None,
   ):
+    finishing = -(-slots // 2) if finishing is None else finishing
     require(0 < finishing <= slots, f"finishing={finishing} must lie in 1 .. {slots}, the number of slots")
     self._ticker, self._vocab_size, self._sampling = ticker, vocab_size, sampling or Sampling()
     self._stop_tokens, self._slots, self._finishing = tuple(stop_tokens), slots, finishing
     self._admit = jax.jit(self._admitted, donate_argnums=1)
-    self._tick = jax.jit(self._ticked, donate_argnums=1, static_argnums=3)
+    self._tick = jax.jit(self._ticked, donate_argnums=1)
+    self._compiled: set[tuple[int, int]] = set()
 
   def __call__(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, seed: int = 0) -> Result:
     """Continues every prompt by up to max_new_tokens. What comes depends on a prompt's number, not on the others.
@@ -102,7 +105,9 @@ class DepthwiseGenerator:
     length = bucket(max(map(len, prompts)))
     room = bucket(max(map(len, prompts)) + max_new_tokens)
     state = self._empty(room)
-    self._compile(state, length, max_new_tokens)
+    if (length, room) not in self._compiled:
+      self._compile(state, length, max_new_tokens)
+      self._compiled.add((length, room))
     waiting = collections.deque(range(len(prompts)))
     holder: list[int | None] = [None] * self._slots
     tokens, passed, ticks, held = [[] for _ in prompts], 0, 0, None
@@ -123,6 +128,7 @@ class DepthwiseGenerator:
       if held is not None:
         passed += self._read(held, holder, tokens)
       held = sampled
+    passed += int(jax.device_get(held.passed))
     return Result(tokens, time.perf_counter() - start, ticks, passed / max(ticks * self._slots, 1))
 
   def _read(self, sampled: _Sampled, holder: list[int | None], tokens: list[list[int]]) -> int:
@@ -170,7 +176,7 @@ class DepthwiseGenerator:
     state = _State(slots, put(state.numbers, numbers), put(state.made, 0), put(state.waited, 0))
     return self._begin(params, state, chosen, valid, logits, counts, most, seed, jnp.int32(0))
 
-  def _ticked(self, params: Params, state: _State, seed, most: int) -> tuple[_State, _Sampled]:
+  def _ticked(self, params: Params, state: _State, seed, most) -> tuple[_State, _Sampled]:
     slots = self._ticker.advance(params, state.slots)
     ready = self._ticker.ready(slots)
     waited = jnp.where(ready, state.waited + 1, 0)

@@ -1,7 +1,9 @@
 """What `isoflop.py` does: train variants for the same number of FLOPs, and compare what they came to."""
 
 import dataclasses
+import functools
 import json
+import math
 import pathlib
 import runpy
 from collections.abc import Sequence
@@ -16,7 +18,8 @@ from adaptive.evaluation.sweep import sweep
 from adaptive.methods import METHODS, parse_config
 from adaptive.methods.contract import Method
 from adaptive.training import loop
-from adaptive.training.run import assemble, load_params
+from adaptive.training.run import assemble, load_params, plan
+from adaptive.training.workdir import write_atomically
 
 _WARM_UP = 0.05  # of the steps, as in the paper's smallest budget
 
@@ -49,7 +52,7 @@ def compare(study: Study) -> list[Trained]:
     ConfigError: a variant or setting that cannot be; a budget that pays for no step.
   """
   module = _read(study.config)
-  variants = study.variants or tuple(module["VARIANTS"])
+  variants = tuple(dict.fromkeys(study.variants)) or tuple(module["VARIANTS"])
   unknown = sorted(set(variants) - set(module["VARIANTS"]))
   require(not unknown, f"{study.config} has no variant {', '.join(unknown)}; it has {', '.join(module['VARIANTS'])}")
   cells = [(b, v, s) for b in study.budgets for s in study.seeds for v in variants]
@@ -71,34 +74,57 @@ def compare(study: Study) -> list[Trained]:
 
 def _read(path: str) -> dict[str, Any]:
   require(pathlib.Path(path).is_file(), f"there is no config file {path}")
-  module = runpy.run_path(path)
-  require("VARIANTS" in module and "get_config" in module, f"{path} has no VARIANTS or no get_config(variant)")
+  try:
+    module = runpy.run_path(path)
+  except Exception as error:
+    raise ConfigError(f"{path} cannot be read: {type(error).__name__}: {str(error).splitlines()[0]}") from error
+  require(module.get("VARIANTS") and "get_config" in module, f"{path} has no VARIANTS or no get_config(variant)")
   return module
 
 
 def _plan(module: dict[str, Any], study: Study, budget: float, variant: str, seed: int) -> tuple[Method, Experiment]:
-  config = module["get_config"](variant)
+  try:
+    config = module["get_config"](variant)
+  except (AttributeError, KeyError, TypeError, ValueError) as error:
+    raise ConfigError(f"{study.config}: get_config({variant!r}) failed: {str(error).splitlines()[0]}") from error
   config.seed = seed
   method, experiment = parse_config(config)
-  model, data = method.build(experiment.model, experiment.method), experiment.data
-  choice = method.sample(model, seed, 0)
-  flops = method.update_flops(model, choice, data.seq_len)
-  if study.accounting == "paper":
-    flops = flops / costs.update_flops(1.0) - costs.head_flops(experiment.model)
-  steps = round(budget / (flops * data.batch_size * data.seq_len))
+  steps = _steps(study, method, experiment, budget)
   require(steps >= 20, f"{budget:.3g} FLOPs pay for {steps} steps of {variant}; choose a larger budget")
   optimizer = dataclasses.replace(experiment.training.optimizer, warmup_steps=max(1, round(_WARM_UP * steps)))
-  training = dataclasses.replace(experiment.training, steps=steps, optimizer=optimizer, checkpoint_every=0)
-  return method, dataclasses.replace(experiment, training=training)
+  training = dataclasses.replace(experiment.training, steps=steps, optimizer=optimizer)
+  experiment = dataclasses.replace(experiment, training=training)
+  plan(method, experiment)
+  return method, experiment
+
+
+def _steps(study: Study, method: Method, experiment: Experiment, budget: float) -> int:
+  """The number of steps whose FLOPs are nearest to the budget; they differ where steps train different sub-models."""
+  model, data = method.build(experiment.model, experiment.method), experiment.data
+
+  @functools.cache
+  def flops(choice: tuple[int, ...]) -> float:
+    found = method.update_flops(model, choice, data.seq_len)
+    if study.accounting == "paper":
+      found = found / costs.update_flops(1.0) - costs.head_flops(experiment.model)
+    return found * data.batch_size * data.seq_len
+
+  spent, step = 0.0, 0
+  while spent + (one := flops(method.sample(model, experiment.seed, step))) / 2 <= budget:
+    spent, step = spent + one, step + 1
+  return step
 
 
 def _trained(study: Study, cell: tuple[float, str, int], method: Method, experiment: Experiment) -> Trained:
   """The run of a cell: from its file when it is there, else trained (on) and evaluated."""
   budget, variant, seed = cell
-  workdir = pathlib.Path(study.workdir) / f"{variant.replace(',', '_')}-{budget:.3g}-{study.accounting}-{seed}"
+  workdir = pathlib.Path(study.workdir) / f"{variant.replace(',', '_')}-{budget:.10g}-{study.accounting}-{seed}"
   file, wanted = workdir / "isoflop.json", config_dict.to_json(experiment, _name(method))
   if file.is_file():
-    saved = json.loads(file.read_text(encoding="utf-8"))
+    try:
+      saved = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+      raise ConfigError(f"cannot read {file}: {error}; delete it, and the run is evaluated again") from error
     if saved.pop("config") != json.loads(wanted):
       raise ConfigError(f"{workdir} holds a run of another config; choose another --workdir, or delete it")
     return Trained(**saved)
@@ -113,7 +139,7 @@ def _trained(study: Study, cell: tuple[float, str, int], method: Method, experim
   found = Trained(
     variant, seed, budget, step, tokens, full.params_non_embedding, full.flops_per_token, full.loss, top_k
   )
-  file.write_text(json.dumps({**dataclasses.asdict(found), "config": json.loads(wanted)}, indent=1), encoding="utf-8")
+  write_atomically(file, json.dumps({**dataclasses.asdict(found), "config": json.loads(wanted)}, indent=1))
   return found
 
 
@@ -121,12 +147,14 @@ def _name(method: Method) -> str:
   return next(name for name, other in METHODS.items() if other is method)
 
 
-def parse_numbers(text: Sequence[str], name: str) -> tuple[float, ...]:
-  """Positive numbers, each once; ConfigError for anything else."""
+def parse_numbers(text: Sequence[str], name: str, kind: type) -> tuple:
+  """Numbers of a flag, each once and not negative; ConfigError for anything else."""
+  given = f"--{name}={','.join(text)}"
   try:
-    numbers = tuple(float(part) for part in text)
+    numbers = tuple(kind(part) for part in text)
   except ValueError:
-    raise ConfigError(f"--{name}={','.join(text)} must be numbers, separated by commas") from None
-  require(bool(numbers) and all(n >= 0 for n in numbers), f"--{name}={','.join(text)} must be numbers, not negative")
-  require(len(set(numbers)) == len(numbers), f"--{name}={','.join(text)} names a number twice")
+    whole = "whole numbers" if kind is int else "numbers"
+    raise ConfigError(f"{given} must be {whole}, separated by commas") from None
+  require(bool(numbers) and all(0 <= n < math.inf for n in numbers), f"{given} must be numbers, not negative")
+  require(len(set(numbers)) == len(numbers), f"{given} names a number twice")
   return numbers

@@ -6,12 +6,11 @@ import jax
 from jax.sharding import Mesh
 
 from adaptive.config import ModelConfig, require
-from adaptive.methods import METHODS, parse_config
+from adaptive.methods import METHODS
 from adaptive.methods.contract import Params
 from adaptive.training import state as states
-from adaptive.training.run import Run, load_params, plan
+from adaptive.training.run import Run, load_params, load_plan
 from adaptive.training.state import TrainState
-from adaptive.training.workdir import load_config
 
 # How a model computes may change; what it computes may not.
 _FREE = ("dtype", "param_dtype", "remat", "scan_unroll", "attention", "init_std")
@@ -39,12 +38,14 @@ def initial_state(run: Run) -> TrainState:
 
 
 def _source(workdir: str, wanted: ModelConfig, mesh: Mesh) -> Params:
-  method, experiment = parse_config(load_config(workdir))
-  require(method is METHODS["dense"], f"training.init_from={workdir} holds no dense model: extract one with eval.py")
+  source = load_plan(workdir)  # the mesh that trained it need not exist here
+  require(
+    source.method is METHODS["dense"], f"training.init_from={workdir} holds no dense model: extract one with eval.py"
+  )
   for field in dataclasses.fields(ModelConfig):
-    there, here = getattr(experiment.model, field.name), getattr(wanted, field.name)
+    there, here = getattr(source.experiment.model, field.name), getattr(wanted, field.name)
     require(
       there == here or field.name in _FREE,
       f"training.init_from={workdir} has model.{field.name}={there}, this run {here}: they must be equal",
     )
-  return load_params(dataclasses.replace(plan(method, experiment, training=False), mesh=mesh), workdir)[1]
+  return load_params(dataclasses.replace(source, mesh=mesh), workdir)[1]

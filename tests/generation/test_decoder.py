@@ -21,10 +21,10 @@ RECURSIONS = {
   "shared": dict(kv_cache="shared"),
   "hybrid": dict(kv_cache="hybrid", router="mlp", inference="aux_router"),
   "cycle": dict(sharing="cycle", gating="additive", gate="tanh"),
-  "random": dict(router="random", threshold_shifts=()),
-  "token": dict(routing="token_choice", gate="softmax", alpha=1.0, threshold_shifts=(), capacity_scales=()),
+  "random": dict(router="random", score_shifts=()),
+  "token": dict(routing="token_choice", gate="softmax", alpha=1.0, score_shifts=(), capacity_scales=()),
   "token_hybrid": dict(
-    routing="token_choice", composition="every", kv_cache="hybrid", threshold_shifts=(), capacity_scales=()
+    routing="token_choice", composition="every", kv_cache="hybrid", score_shifts=(), capacity_scales=()
   ),
 }
 MODELS = {"plain": tiny.model_config(), "qwen": tiny.model_config(qk_norm=True, qkv_bias=True, tied_embeddings=False)}
@@ -41,7 +41,7 @@ def case(name: str, variant: str, index: int):
   method = METHODS[name]
   if name == MOR:
     config = tiny.model_config(num_layers=6 if variant == "cycle" else 5, qk_norm=True)
-    dials = dict(threshold_shifts=(0.3,), capacity_scales=(0.5,))
+    dials = dict(score_shifts=(0.3,), capacity_scales=(0.5,))
     settings = dict(num_recursions=3, **{**dials, **RECURSIONS[variant]})
   else:
     config, settings = MODELS[variant], SETTINGS.get(name, {})

@@ -18,7 +18,7 @@ PROMPTS = [np.random.default_rng(n).integers(0, 32, n).tolist() for n in (3, 1, 
 
 def made(**settings):
   config = tiny.model_config(num_layers=6 if settings.get("sharing") == "cycle" else 5)
-  model = MOR.build(config, MOR.Config(num_recursions=3, threshold_shifts=(0.3,), capacity_scales=(0.5,), **settings))
+  model = MOR.build(config, MOR.Config(num_recursions=3, score_shifts=(0.3,), capacity_scales=(0.5,), **settings))
   return model, tiny.random_params(model)
 
 

@@ -15,7 +15,7 @@ from adaptive.methods.depth.mixture_of_recursions import model as models
 from adaptive.methods.depth.mixture_of_recursions.config import capacity_tokens
 
 LENGTH = 12
-DIALS = dict(threshold_shifts=(-0.5, 0.7), capacity_scales=(0.4,))
+DIALS = dict(score_shifts=(-0.5, 0.7), capacity_scales=(0.4,))
 FAMILIES = {
   "router": dict(DIALS, sharing="cycle"),
   "router, shared": dict(DIALS, kv_cache="shared", gate="tanh", sharing="cycle"),
@@ -80,10 +80,10 @@ def test_each_sub_model_keeps_the_tokens_that_its_dial_says(name):
       assert found[0] == number, "a recursion that takes all tokens is never bounded"
       assert found[1] <= limits[0]
       assert found[2] <= limits[1]
-    elif "threshold_shift" in dial:
+    elif "score_shift" in dial:
       assert found[0] == number
-      assert (found[1] < full[1]) == (dial["threshold_shift"] > 0)
-      assert (found[1] > full[1]) == (dial["threshold_shift"] < 0)
+      assert (found[1] < full[1]) == (dial["score_shift"] < 0)
+      assert (found[1] > full[1]) == (dial["score_shift"] > 0)
     else:
       assert found == [k if r < submodel["recursions"] else 0 for r, k in enumerate(full)]
 

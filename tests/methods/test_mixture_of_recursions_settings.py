@@ -23,9 +23,9 @@ def build(model=MODEL, **settings):
 
 
 @pytest.mark.parametrize(("settings", "message"), [
-  (dict(num_recursions=4), "model.num_layers=8 is not 1 + 4 x J + 1 for method.sharing='middle_cycle'; the nearest are "
+  (dict(num_recursions=4), "model.num_layers=8 is not 1 + 4 x J + 1 for method.sharing='middle_cycle'; nearest: "
    "6 and 10"),
-  (dict(sharing="cycle"), "the nearest are 6 and 9"),
+  (dict(sharing="cycle"), "nearest: 6 and 9"),
   (dict(gate="softmax"), "method.gate='softmax' needs method.routing='token_choice'"),
   (dict(balance="loss_free"), "method.balance='loss_free' needs method.routing='token_choice'"),
   (dict(TOKEN, gate="tanh"), "method.gate='tanh' needs method.routing='expert_choice'"),
@@ -34,9 +34,9 @@ def build(model=MODEL, **settings):
   (dict(TOKEN, gating="additive"), "method.gating='additive' means nothing to"),
   (dict(TOKEN, warmup_steps=5), "method.warmup_steps=5 means nothing to"),
   (dict(TOKEN, capacity_chunk=4), "method.capacity_chunk=4 means nothing to"),
-  (dict(TOKEN, threshold_shifts=(1.0,)), "method.threshold_shifts means nothing to method.routing='token_choice'"),
+  (dict(TOKEN, score_shifts=(1.0,)), "method.score_shifts means nothing to method.routing='token_choice'"),
   (dict(TOKEN, capacity_scales=(0.5,)), "method.capacity_scales means nothing to method.routing='token_choice'"),
-  (dict(router="random", threshold_shifts=(0.5,)), "method.router='random' has no threshold to shift"),
+  (dict(router="random", score_shifts=(0.5,)), "method.router='random' has no threshold to shift"),
   (dict(router="random", inference="aux_router"), "and no aux_router"),
   (dict(alpha=0.0), "method.alpha=0.0 must be positive"),
   (dict(temperature=-1.0), "method.temperature=-1.0 must be positive"),
@@ -47,7 +47,7 @@ def build(model=MODEL, **settings):
   (dict(warmup_stages=0), "method.warmup_stages=0 must be at least 1"),
   *((dict(recursions=r), "must increase and be fewer than method.num_recursions=3") for r in (
     (2, 1), (1, 1), (0, 1), (1, 3))),
-  *((dict(threshold_shifts=s), "must differ from each other and from 0, the full model's") for s in (
+  *((dict(score_shifts=s), "must differ from each other and from 0, the full model's") for s in (
     (0.5, 0.5), (0.0,))),
   *((dict(capacity_scales=s), "must differ from each other and lie in (0, 1]") for s in ((0.5, 0.5), (0.0,), (1.1,))),
   (dict(capacities=(1.0, 0.5)), "method.capacities has 2 entries for 3 recursions"),
@@ -112,9 +112,9 @@ def test_a_stage_of_the_warm_up_trains_with_its_own_capacities(monkeypatch):
 
 
 def test_sub_models_are_fewer_recursions_shifts_scales_and_last_the_full_one():
-  model = build(threshold_shifts=(0.5, -0.5), capacity_scales=(0.5,))
+  model = build(score_shifts=(0.5, -0.5), capacity_scales=(0.5,))
   assert [s.name for s in mor.submodels(model)] == [
-    "recursions=1", "recursions=2", "recursions=3,threshold_shift=0.5", "recursions=3,threshold_shift=-0.5",
+    "recursions=1", "recursions=2", "recursions=3,score_shift=0.5", "recursions=3,score_shift=-0.5",
     "recursions=3,capacity_scale=0.5", "recursions=3",
   ]  # fmt: skip
   assert [s.name for s in mor.submodels(build(recursions=(2,)))] == ["recursions=2", "recursions=3"]

@@ -64,6 +64,29 @@ def test_the_paper_s_accounting_counts_the_forward_pass_without_the_head(study):
   assert steps["paper"] > 3 * steps["update"]
 
 
+def test_steps_that_differ_are_added_up(study):
+  config = tiny_run.config(str(isoflop.pathlib.Path(study.config).parent / "corpus"), "recursive")
+  config.method.train_fewer = True
+  method, experiment = isoflop.parse_config(config)
+  model = method.build(experiment.model, experiment.method)
+  steps = isoflop._steps(study, method, experiment, BUDGET)
+  spent = sum(method.update_flops(model, method.sample(model, 0, step), 32) * 16 * 32 for step in range(steps))
+  assert abs(spent - BUDGET) < method.update_flops(model, (1,), 32) * 16 * 32
+  assert {method.sample(model, 0, step) for step in range(steps)} == {(0,), (1,)}
+
+
+@pytest.mark.parametrize(("text", "kind", "message"), [
+  (["1", "x"], int, "--seeds=1,x must be whole numbers, separated by commas"),
+  (["0.5"], int, "must be whole numbers"),
+  (["1", "1.0"], float, "names a number twice"),
+  (["inf"], float, "must be numbers, not negative"),
+  (["-1"], int, "must be numbers, not negative"),
+])  # fmt: skip
+def test_flags_that_are_no_numbers(text, kind, message):
+  with pytest.raises(ConfigError, match=message):
+    isoflop.parse_numbers(text, "seeds", kind)
+
+
 def test_finished_runs_are_read_and_another_config_is_refused(study, runs, monkeypatch, tmp_path):
   monkeypatch.setattr(isoflop.loop, "train", lambda *_: pytest.fail("trained again"))
   assert isoflop.compare(study) == runs
@@ -95,6 +118,7 @@ def test_a_table_has_means_and_ranges():
   (dict(budgets=(1e5,)), "pay for 0 steps of dense; choose a larger budget"),
   (dict(variants=("dence",)), "has no variant dence; it has dense, mixture_of_recursions"),
   (dict(config="/nowhere.py"), "there is no config file /nowhere.py"),
+  (dict(config=__file__), "has no VARIANTS or no get_config"),
 ])  # fmt: skip
 def test_what_cannot_be_is_refused(study, change, message):
   with pytest.raises(ConfigError, match=message):

@@ -10,6 +10,8 @@ Departures from the paper and its released code, with reasons:
 - a recursion that takes all tokens of the one before lets all pass at inference: there was nothing to learn;
 - packed documents do not see each other, and padding is chosen last and is no target of a router;
 - the router loss is a mean over the update's tokens (the released sum over micro-batches grows with their number);
+- the capacity warm-up counts updates and goes in stages, each a program (the released one counts micro-batches);
+- while balancing warms up, its loss and its bias follow what the router wants, not the depth that all tokens are given;
 - router scores are float32; `wide_mlp` is as wide as the paper says;
 - with `shared` keys and values only chosen tokens are computed, as queries (the released code computes all);
 - matrices that write to the residual stream are initialised by the unrolled depth, as everywhere in this project.
@@ -48,7 +50,7 @@ def submodels(model: MixtureOfRecursions) -> tuple[SubModel, ...]:
   every = dict(recursions=config.num_recursions)
   return (
     *(SubModel.of(recursions=number) for number in config.fewer),
-    *(SubModel.of(**every, threshold_shift=shift) for shift in config.threshold_shifts),
+    *(SubModel.of(**every, score_shift=shift) for shift in config.score_shifts),
     *(SubModel.of(**every, capacity_scale=scale) for scale in config.capacity_scales),
     SubModel.of(**every),
   )
@@ -92,7 +94,9 @@ def forward(model: MixtureOfRecursions, params: Params, batch: Batch, index: int
   if isinstance(index, int):
     rule = family[index]
   else:
-    rule = Rule(*(jnp.asarray(np.array(column))[index] for column in zip(*family)))
+    columns = [np.array(column) for column in zip(*family)]
+    # A dial that no sub-model turns stays a number, and is not looked for in the program.
+    rule = Rule(*(column[0].item() if len(set(column)) == 1 else jnp.asarray(column)[index] for column in columns))
   logits, keeps = causal_logits(model, params, batch, rule)
   return Output(logits, causal.realised(model, keeps, batch["segment_ids"] > 0))
 

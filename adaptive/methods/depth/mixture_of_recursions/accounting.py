@@ -5,10 +5,9 @@ from collections.abc import Sequence
 import flax.linen as nn
 
 from adaptive import cost as costs
+from adaptive import routing
 from adaptive.methods.contract import Metrics, SubModel
 from adaptive.methods.depth.mixture_of_recursions.config import Config, capacity_tokens
-
-_HIDDEN = {"linear": 0, "mlp": 2, "wide_mlp": 4, "random": 0}
 
 
 def cost(model: nn.Module, submodel: SubModel, seq_len: int, realised: Metrics) -> costs.Cost:
@@ -36,7 +35,7 @@ def update_flops(model: nn.Module, choice: tuple[int, ...], seq_len: int) -> flo
   """With the tokens that the recursions take; token choice counts as even use of all depths, unless it is bounded."""
   config = model.method
   shares = config.shares
-  if config.expert_choice:
+  if config.expert_choice or config.capacities:
     stage = choice[0] if config.warmup_steps and choice[0] < config.warmup_stages else None
     shares = [tokens / seq_len for tokens in capacity_tokens(config, seq_len, stage)]
   return costs.update_flops(_flops(model, shares, seq_len))
@@ -59,25 +58,29 @@ def _flops(model: nn.Module, shares: Sequence[float], seq_len: int) -> float:
 
 def _router_flops(model: nn.Module, shares: Sequence[float]) -> float:
   """2 per weight and token that a router reads: the candidates of its recursion."""
-  config, d = model.method, model.config.d_model
+  config = model.method
   if config.router == "random":
     return 0.0
-  hidden, outputs = _HIDDEN[config.router] * d, 1 if config.expert_choice else config.num_recursions
-  one = 2 * (d * hidden + hidden * outputs if hidden else d * outputs)
+  one = 2 * _one_router(model)
   if not config.expert_choice:
     return one
-  return (2 if config.inference == "aux_router" else 1) * one * sum((1.0, *shares[:-1]))
+  candidates = sum(before for before, share in zip((1.0, *shares), shares) if share > 0)
+  return (2 if config.inference == "aux_router" else 1) * one * candidates
 
 
 def _router_params(model: nn.Module) -> int:
-  config, d = model.method, model.config.d_model
+  config = model.method
   if config.router == "random":
     return 0
-  hidden, outputs = _HIDDEN[config.router] * d, 1 if config.expert_choice else config.num_recursions
-  one = d * hidden + hidden * outputs if hidden else d * outputs
   if not config.expert_choice:
-    return one + (outputs if config.balance == "loss_free" else 0)
-  return one * config.num_recursions * (2 if config.inference == "aux_router" else 1)
+    return _one_router(model) + (config.num_recursions if config.balance == "loss_free" else 0)
+  return _one_router(model) * config.num_recursions * (2 if config.inference == "aux_router" else 1)
+
+
+def _one_router(model: nn.Module) -> int:
+  config = model.method
+  outputs = 1 if config.expert_choice else config.num_recursions
+  return routing.router_weights(config.router, model.config.d_model, outputs)
 
 
 def _cached_layers(config: Config, shares: Sequence[float]) -> float:

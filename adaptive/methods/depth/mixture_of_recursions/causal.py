@@ -24,12 +24,12 @@ class Rule(NamedTuple):
 
   Attributes:
     recursions: at most so many.
-    threshold_shift: a token passes a recursion when its score is above this.
+    score_shift: added to the score by which a token passes a recursion.
     capacity_scale: at most this times the capacity of a document's tokens so far pass; inf is no limit.
   """
 
   recursions: int | jax.Array
-  threshold_shift: float | jax.Array = 0.0
+  score_shift: float | jax.Array = 0.0
   capacity_scale: float | jax.Array = float("inf")
 
 
@@ -123,7 +123,7 @@ def passes(model: nn.Module, which: int, decisions: jax.Array, rule: Rule) -> ja
     return jnp.ones(decisions.shape, bool)
   if model.method.router == "random":
     return decisions > 1 - shares[which + 1] / shares[which]
-  return decisions > rule.threshold_shift
+  return decisions + rule.score_shift > 0
 
 
 def bound(model: nn.Module, which: int, want: jax.Array, new: New, rule: Rule) -> jax.Array:

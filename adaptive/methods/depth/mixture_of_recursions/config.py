@@ -7,7 +7,7 @@ from typing import Literal
 import jax
 
 from adaptive import routing
-from adaptive.config import ModelConfig, require
+from adaptive.config import ModelConfig, require, require_range
 from adaptive.recursion import Sharing
 
 KeyValues = Literal["recursion_wise", "shared", "hybrid"]
@@ -46,9 +46,9 @@ class Config:
     composition: of token choice: `last` multiplies the output of a token's last pass by its gate (the released code),
       `every` that of each pass (the paper's Equation 2.2).
     remat_recursions: the backward pass keeps the residual stream between recursions only.
-    recursions, threshold_shifts, capacity_scales: sub-models beside the full one, at inference: fewer recursions (empty
-      means each number); a token passes when its score exceeds the shift; no more than scale x capacity of a document's
-      tokens so far may pass (those of the first recursion all do, where its capacity is 1).
+    recursions, score_shifts, capacity_scales: sub-models beside the full one, at inference: fewer recursions (empty
+      means each number); so much added to the scores that decide, so that more tokens pass, or fewer; no more than
+      scale x capacity of a document's tokens so far (those of the first recursion all pass, where its capacity is 1).
   """
 
   num_recursions: int = 3
@@ -75,7 +75,7 @@ class Config:
   composition: Literal["last", "every"] = "last"
   remat_recursions: bool = False
   recursions: tuple[int, ...] = ()
-  threshold_shifts: tuple[float, ...] = ()
+  score_shifts: tuple[float, ...] = ()
   capacity_scales: tuple[float, ...] = ()
 
   @property
@@ -115,29 +115,27 @@ def check(model: ModelConfig, config: Config) -> None:
     for name, default in (("inference", "router"), ("gating", "weighted"), ("warmup_steps", 0), ("capacity_chunk", 0)):
       value = getattr(config, name)
       require(value == default, f"method.{name}={value!r} means nothing to method.routing='token_choice'")
-    for name in ("threshold_shifts", "capacity_scales"):
+    for name in ("score_shifts", "capacity_scales"):
       require(not getattr(config, name), f"method.{name} means nothing to method.routing='token_choice'")
   require(
-    config.router != "random" or not (config.threshold_shifts or config.inference == "aux_router"),
+    config.router != "random" or not (config.score_shifts or config.inference == "aux_router"),
     "method.router='random' has no threshold to shift and no aux_router",
   )
 
 
 def _check_ranges(config: Config) -> None:
-  for name in ("alpha", "temperature", "balance_rate"):
-    require(getattr(config, name) > 0, f"method.{name}={getattr(config, name)} must be positive")
-  for name in ("router_loss", "z_loss", "balance_loss", "warmup_steps", "balance_warmup_steps", "capacity_chunk"):
-    require(getattr(config, name) >= 0, f"method.{name}={getattr(config, name)} must not be negative")
-  for name in ("capacity_multiple", "warmup_stages"):
-    require(getattr(config, name) >= 1, f"method.{name}={getattr(config, name)} must be at least 1")
+  require_range(config, "method.", "alpha temperature balance_rate", 0, above=True)
+  require_range(config, "method.", "router_loss z_loss balance_loss", 0)
+  require_range(config, "method.", "warmup_steps balance_warmup_steps capacity_chunk", 0)
+  require_range(config, "method.", "capacity_multiple warmup_stages", 1)
   most = config.num_recursions
   require(
     list(config.recursions) == sorted(set(config.recursions)) and all(0 < r < most for r in config.recursions),
     f"method.recursions={config.recursions} must increase and be fewer than method.num_recursions={most}",
   )
   require(
-    len(set(config.threshold_shifts)) == len(config.threshold_shifts) and 0 not in config.threshold_shifts,
-    f"method.threshold_shifts={config.threshold_shifts} must differ from each other and from 0, the full model's",
+    len({*config.score_shifts, 0.0}) == len(config.score_shifts) + 1 and all(map(math.isfinite, config.score_shifts)),
+    f"method.score_shifts={config.score_shifts} must be finite and differ from each other and from 0, the full model's",
   )
   require(
     len(set(config.capacity_scales)) == len(config.capacity_scales) and all(0 < s <= 1 for s in config.capacity_scales),

@@ -43,7 +43,8 @@ class Cache(NamedTuple):
 def slots_of(model: nn.Module, rule: Rule, which: int, slots: int) -> int:
   """Tokens that a recursion has to have room for, when a row may have `slots`."""
   alone = model.method.kv_cache == "recursion_wise"
-  return max(1, math.ceil(min(1.0, model.method.bound(which, rule.capacity_scale)) * slots - 1e-4)) if alone else slots
+  share = min(1.0, model.method.bound(which, rule.capacity_scale)) if alone else 1.0
+  return min(slots, math.ceil(share * slots) + 1)  # one to spare, since the bound is computed in float32
 
 
 def empty_cache(model: nn.Module, rule: Rule, batch_size: int, slots: int) -> Cache:
@@ -97,7 +98,7 @@ class _Position(NamedTuple):
 
 def step_of(model, rule: Rule, params: Params, tokens, counts, cache: Cache) -> tuple[jax.Array, Cache, Metrics]:
   """`Decoder.step`; the cache may have more room than the rule needs."""
-  length, slots = tokens.shape[1], cache.before.key.shape[2] if model.sharing.middle else _room(cache)
+  length, slots = tokens.shape[1], cache.before.key.shape[2]
   positions = cache.lengths[:, None] + jnp.arange(length, dtype=jnp.int32)[None]
   real = jnp.arange(length)[None] < counts[:, None]
   written = row_slots(cache.lengths, counts, length, slots)
@@ -116,10 +117,6 @@ def step_of(model, rule: Rule, params: Params, tokens, counts, cache: Cache) -> 
   logits = model.apply({"params": params}, last, method="head")[:, 0]
   cache = cache._replace(lengths=cache.lengths + counts, before=before, after=after)
   return logits, cache, causal.realised(model, keeps, real)
-
-
-def _room(cache: Cache) -> int:
-  return cache.block[0].key.shape[2]
 
 
 def _recursion(

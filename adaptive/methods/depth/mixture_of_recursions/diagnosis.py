@@ -25,9 +25,9 @@ def diagnose(model: nn.Module, params: Params, batches: Sequence[Batch], mesh: M
     `disagreement/r`: share of the tokens on which the two differ, of those that either has as candidates;
     `dead_positions`: share of the positions of a row that top-k never chose for the last recursion.
   """
-  measure = jax.jit(lambda batch: _measure(model, params, batch), out_shardings=sharding.replicated(mesh))
+  measure = jax.jit(lambda params, batch: _measure(model, params, batch), out_shardings=sharding.replicated(mesh))
   with jax.set_mesh(mesh):
-    found = [jax.device_get(measure(batch)) for batch in batches]
+    found = [jax.device_get(measure(params, batch)) for batch in batches]
   totals = jax.tree.map(lambda *parts: np.sum(np.stack(parts), axis=0), *found)
   if "chosen" in totals:
     ever, total = totals.pop("chosen")

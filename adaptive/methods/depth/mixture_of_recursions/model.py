@@ -2,6 +2,7 @@
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from adaptive import recursion
 from adaptive.backbone.transformer import Transformer
@@ -78,10 +79,10 @@ def training_logits(
 
   def choose_depths(block: Block, x: jax.Array):
     routes = token_choice.route(model, params, x, config.num_recursions)
+    loss, metrics = token_choice.balance(model, routes, block.everyone.real)  # of what the router wants, not of warm-up
     if config.balance_warmup_steps:
-      deepest = jax.numpy.full_like(routes.depth, config.num_recursions - 1)
-      routes = routes._replace(depth=jax.numpy.where(step < config.balance_warmup_steps, deepest, routes.depth))
-    loss, metrics = token_choice.balance(model, routes, block.everyone.real)
+      deepest = jnp.full_like(routes.depth, config.num_recursions - 1)
+      routes = routes._replace(depth=jnp.where(step < config.balance_warmup_steps, deepest, routes.depth))
     if not config.capacities:
       return token_choice.recur(model, block, x, routes), loss, metrics
     x, taken = token_choice.recur_gathered(model, block, x, routes, capacity_tokens(config, seq_len))

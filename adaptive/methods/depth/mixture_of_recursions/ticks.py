@@ -119,12 +119,12 @@ def _decide(model: nn.Module, rule: Rule, params: Params, slots: Slots) -> Slots
   """Which slots take the pass that is next for them, and its gate; the others are ready."""
   number, position = model.method.num_recursions, (slots.lengths - 1)[:, None]
   which, weight = slots.which, slots.weight
-  for recursion_ in range(number):
-    here = slots.which == recursion_
-    scores, decisions = causal.scores(model, params, recursion_, slots.x[:, None], position)
-    want = causal.passes(model, recursion_, decisions, rule) & (recursion_ < rule.recursions)
+  for each in range(number):
+    here = slots.which == each
+    scores, decisions = causal.scores(model, params, each, slots.x[:, None], position)
+    want = causal.passes(model, each, decisions, rule) & (each < rule.recursions)
     new = causal.New(position, here[:, None], slots.counts)
-    stays = causal.bound(model, recursion_, want, new, rule)[:, 0]
+    stays = causal.bound(model, each, want, new, rule)[:, 0]
     which = jnp.where(here & ~stays, number, which)
     weight = jnp.where(here, gate(model.method, scores[..., None])[:, 0, 0], weight)
   return slots._replace(which=which, weight=weight)
@@ -136,7 +136,8 @@ def _finish(model: nn.Module, params: Params, slots: Slots, chosen: jax.Array) -
   Of those that are not ready they mean nothing; the keys that they leave are written over when they are.
   """
   position = slots.lengths[chosen] - 1
-  x, after = _around(model, _layers(model, params)[2], slots.x[chosen], position, slots.after, chosen, position)
+  target = jnp.where(position < 0, slots.room, position)  # of a slot that never held a request
+  x, after = _around(model, _layers(model, params)[2], slots.x[chosen], position, slots.after, chosen, target)
   return model.apply({"params": params}, x[:, None], method="head")[:, 0], slots._replace(after=after)
 
 
