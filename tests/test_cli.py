@@ -126,7 +126,7 @@ BAD = {  # name: (arguments after the config and the workdir, or the whole comma
   "unknown choice": ("--config.model.dtype=float16", "model.dtype='float16' is not one of 'float32', 'bfloat16'"),
   "float in tuple": ("--config.method.depths=(1,2.5)", "method.depths=2.5 must be of type int"),
   "other depths": ("--config.method.depths=(1,3)", "method.depths=(1, 3) must be positive, increasing and end with"),
-  "method": ("--config.method.name=nope", "unknown method 'nope'; the methods are dense, sorted_net"),
+  "method": ("--config.method.name=nope", "unknown method 'nope'; the methods are dense, "),
   "config: no file": (["train.py", "--config=no.py", "--workdir=w"], "config file no.py: No such file or directory"),
   "config: syntax": (["train.py", "--config={syntax}", "--workdir=w"], "syntax.py, line 1: invalid syntax"),
   "config: field": (

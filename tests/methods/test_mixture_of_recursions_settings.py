@@ -38,17 +38,17 @@ def build(model=MODEL, **settings):
   (dict(TOKEN, capacity_scales=(0.5,)), "method.capacity_scales means nothing to method.routing='token_choice'"),
   (dict(router="random", score_shifts=(0.5,)), "method.router='random' has no threshold to shift"),
   (dict(router="random", inference="aux_router"), "and no aux_router"),
-  (dict(alpha=0.0), "method.alpha=0.0 must be positive"),
-  (dict(temperature=-1.0), "method.temperature=-1.0 must be positive"),
-  (dict(TOKEN, balance_rate=0.0), "method.balance_rate=0.0 must be positive"),
-  *(({field: -1}, f"method.{field}=-1 must not be negative") for field in (
+  (dict(alpha=0.0), "method.alpha=0.0 must be more than 0"),
+  (dict(temperature=-1.0), "method.temperature=-1.0 must be more than 0"),
+  (dict(TOKEN, balance_rate=0.0), "method.balance_rate=0.0 must be more than 0"),
+  *(({field: -1}, f"method.{field}=-1 must be at least 0") for field in (
     "router_loss", "z_loss", "balance_loss", "warmup_steps", "balance_warmup_steps", "capacity_chunk")),
   (dict(capacity_multiple=0), "method.capacity_multiple=0 must be at least 1"),
   (dict(warmup_stages=0), "method.warmup_stages=0 must be at least 1"),
   *((dict(recursions=r), "must increase and be fewer than method.num_recursions=3") for r in (
     (2, 1), (1, 1), (0, 1), (1, 3))),
-  *((dict(score_shifts=s), "must differ from each other and from 0, the full model's") for s in (
-    (0.5, 0.5), (0.0,))),
+  *((dict(score_shifts=s), "must be finite and differ from each other and from 0, the full model's") for s in (
+    (0.5, 0.5), (0.0,), (float("nan"),))),
   *((dict(capacity_scales=s), "must differ from each other and lie in (0, 1]") for s in ((0.5, 0.5), (0.0,), (1.1,))),
   (dict(capacities=(1.0, 0.5)), "method.capacities has 2 entries for 3 recursions"),
   *((dict(capacities=c), f"method.capacities={c} must lie in (0, 1] and not increase") for c in (

@@ -15,7 +15,13 @@ from adaptive.training.step import compile_step, make_step
 
 MODEL = tiny.model_config(num_layers=2)
 BATCH = tiny.packed_batch(MODEL, rows=8)
-SETTINGS = {"dense": {}, "sorted_net": dict(d_ff=(8, 24), accum_data="shared", executor="mask", scheme="all")}
+SETTINGS = {
+  "dense": {},
+  "sorted_net": dict(d_ff=(8, 24), accum_data="shared", executor="mask", scheme="all"),
+  "recursive": dict(num_recursions=2, sharing="cycle"),
+  # The router's loss is a mean over candidates, of which micro-batches may have more or fewer for their tokens.
+  "mixture_of_recursions": dict(num_recursions=2, sharing="cycle", router_loss=0.0),
+}
 
 
 def build(name="dense", optimizer="adamw", warmup=0):
@@ -61,7 +67,7 @@ def test_one_by_eight_rows_equals_eight_by_one(case):
   tokens = np.sum(np.asarray(BATCH["segment_ids"]) > 0, axis=1)
   assert len(set(tokens.tolist())) > 1
   descent = optim.optax.sgd(1.0)
-  params = tiny.random_params(MODEL)
+  params = tiny.random_params(model)
   start = states.fresh(params, descent)
   choice = method.sample(model, 0, 0)
   choice = choice if method.static_choice(model) else jnp.asarray(choice)
