@@ -73,16 +73,12 @@ def _groups(runs: Sequence[Trained]) -> list[tuple[float, str, list[Trained]]]:
 
 
 def plot_png(runs: Sequence[Trained], path: str | pathlib.Path) -> None:
-  """Loss over unique parameters, one line per budget, and over training FLOPs, one line per variant."""
+  """Loss over unique parameters, one point per variant and budget, and over training FLOPs, one line per variant."""
   figure = Figure(figsize=(11, 4.8), dpi=DPI, facecolor="white", layout="constrained")
   FigureCanvasAgg(figure)
   left, right = figure.subplots(1, 2, sharey=True)
   groups = _groups(runs)
-  variants, budgets = list(dict.fromkeys(v for _, v, _ in groups)), sorted({b for b, _, _ in groups})
-  for budget, style in zip(budgets, ["-", "--", ":", "-."] * len(budgets)):
-    some = sorted((g for g in groups if g[0] == budget), key=lambda g: g[2][0].params)
-    points = [(g[2][0].params, np.mean([r.loss for r in g[2]])) for g in some]
-    left.plot(*zip(*points), style, color=INK, lw=0.8, alpha=0.5, zorder=1, label=f"{compact(budget)} FLOPs")
+  variants = list(dict.fromkeys(variant for _, variant, _ in groups))
   for variant, colour in zip(variants, COLOURS * len(variants)):
     some = [g for g in groups if g[1] == variant]
     for axis, x in ((left, [g[2][0].params for g in some]), (right, [g[0] for g in some])):
@@ -96,7 +92,6 @@ def plot_png(runs: Sequence[Trained], path: str | pathlib.Path) -> None:
   for axis in (left, right):
     axis.set_xscale("log")
     axis.grid(alpha=0.25)
-  left.legend(handles=left.get_lines()[: len(budgets)], fontsize=8, frameon=False)
   right.legend(fontsize=8, frameon=False)
   figure.suptitle("Equal training FLOPs: mean and range over seeds", fontsize=11, color=INK)
   figure.savefig(path, metadata={"Software": None})
