@@ -209,3 +209,15 @@ def test_flops_agree_with_those_that_xla_counts_of_a_training_pass(settings):
   masked = sum(share * (keys - (keys + 1) / 2) for share, keys in seen)
   expected = mor.cost(model, mor.submodels(model)[-1], length, {}).flops_per_token
   assert found == pytest.approx(expected + 4 * masked * config.num_heads * config.head_size, rel=0.03)
+
+
+def test_a_dense_model_gives_its_layers_and_all_but_the_routers():
+  model = build(inference="aux_router")
+  params, dense = tiny.random_params(model), tiny.random_params(MODEL, seed=3)
+  found = mor.init_from(model, params, dense, "upper", 0)
+  picked = np.array([0, 5, 6, 7])  # 1 + 3 x 2 + 1: the ends, and the two before the last
+  tiny.assert_trees_equal(found["layers"], jax.tree.map(lambda leaf: leaf[picked], dense["layers"]))
+  for name in ("embedding", "final_norm"):
+    tiny.assert_trees_equal(found[name], dense[name])
+  for name in ("router", "aux_router"):
+    tiny.assert_trees_equal(found[name], params[name])
