@@ -17,11 +17,16 @@ HERE = pathlib.Path(__file__).parent
 PAGE = HERE.parent / "docs" / "ahead_of_time.md"
 BEGIN, END = "<!-- table -->\n", "<!-- end table -->"
 
-# A step has 512 rows everywhere. Where the chips are fewer, the rows go through them in more micro-batches.
-GRAD_ACCUM = {"v5e:16x16": 1, "v6e:8x8": 2, "v5p:2x2x4": 8}
+# A step has as many rows everywhere. Where the chips are fewer, the rows go through them in more micro-batches.
+ROWS, GRAD_ACCUM = 512, {"v5e:16x16": 1, "v6e:8x8": 2, "v5p:2x2x4": 8}
 SIZES = ("1.7b", "360m", "135m")
+VARIANTS = {
+  "dense_lm": SIZES,
+  "sorted_net_lm": SIZES,
+  "mixture_of_recursions_lm": ("1.7b,3", "730m,3", "360m,3", "135m,3"),
+}
 CELLS = [
-  (config, size, topology) for config in ("dense_lm", "sorted_net_lm") for size in SIZES for topology in GRAD_ACCUM
+  (config, variant, topology) for config, variants in VARIANTS.items() for variant in variants for topology in GRAD_ACCUM
 ]
 
 _FOLDER = flags.DEFINE_string("folder", "runs/ahead_of_time", "Where the reports lie.")
@@ -38,12 +43,13 @@ def main(argv: list[str]) -> None:
   write(folder)
 
 
-def compile_cell(folder: pathlib.Path, config: str, size: str, topology: str) -> None:
+def compile_cell(folder: pathlib.Path, config: str, variant: str, topology: str) -> None:
   """Makes one report; a step that does not fit leaves a report that says so."""
-  path = folder / _name(config, size, topology)
+  path = folder / _name(config, variant, topology)
   command = [
-    sys.executable, str(HERE / "compile.py"), f"--config={HERE.parent / 'configs' / config}.py:{size}",
-    f"--topology={topology}", f"--config.training.grad_accum={GRAD_ACCUM[topology]}", f"--json={path}.part",
+    sys.executable, str(HERE / "compile.py"), f"--config={HERE.parent / 'configs' / config}.py:{variant}",
+    f"--topology={topology}", f"--config.training.grad_accum={GRAD_ACCUM[topology]}",
+    f"--config.data.batch_size={ROWS}", f"--json={path}.part",
   ]  # fmt: skip
   done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
   if done.returncode == 1 and "does not fit" in done.stderr:
@@ -68,10 +74,10 @@ def markdown(folder: pathlib.Path) -> str:
     "| reduce-scatter | all-reduce | other | replicated |",
     "|---|---|" + "--:|" * 11,
   ]
-  for config, size, topology in CELLS:
-    path = folder / _name(config, size, topology)
+  for config, variant, topology in CELLS:
+    path = folder / _name(config, variant, topology)
     if path.exists():
-      lines.append(row(f"`{config}.py:{size}` | {topology} | {GRAD_ACCUM[topology]}", json.loads(path.read_text())))
+      lines.append(row(f"`{config}.py:{variant}` | {topology} | {GRAD_ACCUM[topology]}", json.loads(path.read_text())))
   return "\n".join(lines) + "\n"
 
 
@@ -91,8 +97,8 @@ def row(head: str, report: dict) -> str:
   return f"| {head} | " + " | ".join(cells) + " |"
 
 
-def _name(config: str, size: str, topology: str) -> str:
-  return f"{config}-{size}-{topology.replace(':', '-')}.json"
+def _name(config: str, variant: str, topology: str) -> str:
+  return f"{config}-{variant.replace(',', '-')}-{topology.replace(':', '-')}.json"
 
 
 if __name__ == "__main__":

@@ -45,9 +45,12 @@ SETTINGS = {
 }  # fmt: skip
 
 
-def build(layers=5, **settings):
-  config = tiny.model_config(num_layers=layers, num_heads=4, d_ff=16, vocab_size=16)
-  return mor.build(config, mor.Config(**settings))
+SIZE = dict(num_heads=4, d_ff=16, vocab_size=16)
+SMALLEST = dict(num_heads=2, num_kv_heads=1, d_model=8, d_ff=8, ff_groups=1, vocab_size=16)
+
+
+def build(layers=5, size=SIZE, **settings):
+  return mor.build(tiny.model_config(num_layers=layers, **size), mor.Config(**settings))
 
 
 def random_params(model, seed=1):
@@ -70,9 +73,9 @@ def weights_of(model, batch):
 
 
 @functools.cache
-def trained(name):
+def trained(name, smallest=False):
   """(logits, router losses, gradients) of the method, what it chose, and the arguments."""
-  model = build(**SETTINGS[name])
+  model = build(size=SMALLEST if smallest else SIZE, **SETTINGS[name])
   params, batch, chosen = random_params(model), batch_of(model), []
   weights = weights_of(model, batch)
 
@@ -140,13 +143,30 @@ def test_choices_differ_between_rows_and_are_not_the_first_tokens():
 
 def check_gradients(model, params, batch, grads):
   """Along a random direction of each parameter."""
-  rng, weights = np.random.default_rng(7), weights_of(model, batch)
-  leaves, tree = jax.tree.flatten(params)
+  rng = np.random.default_rng(7)
   for number, (path, grad) in enumerate(jax.tree_util.tree_leaves_with_path(grads)):
     along = rng.normal(size=grad.shape)
-    moved = leaves[number] + 1j * slow_recursions.EPSILON * along
-    moved = tree.unflatten([*leaves[:number], moved, *leaves[number + 1 :]])
-    logits, losses, _ = slow_recursions.run(model, moved, batch)
-    expected = (np.sum(weights * logits) + losses).imag / slow_recursions.EPSILON
+    expected = slow_slope(model, params, batch, number, along)
     slope, size = np.sum(np.asarray(grad, np.float64) * along), np.linalg.norm(grad)
     assert abs(slope - expected) <= 1e-5 * size + 1e-6, (jax.tree_util.keystr(path), slope, expected)
+
+
+def slow_slope(model, params, batch, number, along):
+  """How the slow loss grows when one of the parameters' leaves moves along a direction."""
+  leaves, tree = jax.tree.flatten(params)
+  leaves[number] = leaves[number] + 1j * slow_recursions.EPSILON * along
+  logits, losses, _ = slow_recursions.run(model, tree.unflatten(leaves), batch)
+  return (np.sum(weights_of(model, batch) * logits) + losses).imag / slow_recursions.EPSILON
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SETTINGS)
+def test_every_entry_of_every_gradient_is_the_slow_one(name):
+  (_, _, grads), found, (model, params, batch) = trained(name, smallest=True)
+  exact = jax.tree.map(lambda leaf: np.asarray(leaf, np.complex128), params)
+  assert positions_of(model, found, batch) == slow_recursions.run(model, exact, batch)[2]
+  for number, (path, grad) in enumerate(jax.tree_util.tree_leaves_with_path(grads)):
+    entries = np.eye(grad.size).reshape(-1, *grad.shape)
+    expected = np.array([slow_slope(model, exact, batch, number, entry) for entry in entries])
+    bound = 1e-5 * np.abs(expected).max() + 1e-6
+    np.testing.assert_allclose(np.ravel(grad), expected, rtol=0, atol=bound, err_msg=jax.tree_util.keystr(path))
