@@ -18,6 +18,9 @@ _TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "Divides the logits; 0 tak
 _TOP_K = flags.DEFINE_integer("top_k", 0, "Sample among the k likeliest tokens; 0: among all.")
 _TOP_P = flags.DEFINE_float("top_p", 1.0, "Sample among the likeliest tokens that reach this probability.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of the sampling.")
+_SLOTS = flags.DEFINE_integer(
+  "slots", 0, "Depth-wise batching of Mixture-of-Recursions: prompts under way at a time, each token at its own depth."
+)
 _STOP = flags.DEFINE_string("stop", "", "A continuation ends before this text.")
 
 
@@ -42,6 +45,7 @@ def main(argv: list[str]) -> None:
     max_len=_MAX_LEN.value,
     seed=_SEED.value,
     stop=_STOP.value,
+    slots=_SLOTS.value,
   )
   completion.complete(_WORKDIR.value, request)
 

@@ -8,7 +8,8 @@ import tiny
 
 from adaptive import cost
 from adaptive import subnet as subnets
-from adaptive.backbone.transformer import Transformer, empty_cache
+from adaptive.backbone import decoding
+from adaptive.backbone.transformer import Transformer
 from adaptive.subnet import Subnet
 
 CONFIGS = {
@@ -52,8 +53,8 @@ def test_parameters_of_a_sub_network_are_those_of_its_extracted_tree(config, wid
 
 @every_config
 def test_cache_bytes_are_those_of_a_slot(config):
-  cache = empty_cache(config, 1, 7)
-  assert cost.dense_cost(config, 8).kv_bytes_per_token == sum(x.nbytes for x in cache) // 7
+  one = decoding.empty_layer(config, 1, 7)
+  assert cost.dense_cost(config, 8).kv_bytes_per_token == config.num_layers * sum(x.nbytes for x in one) // 7
 
 
 def xla_flops(config, rows, length):

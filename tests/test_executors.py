@@ -9,7 +9,8 @@ import tiny
 
 from adaptive import executors
 from adaptive import subnet as subnets
-from adaptive.backbone.transformer import Transformer, empty_cache
+from adaptive.backbone import decoding
+from adaptive.backbone.transformer import Transformer
 from adaptive.config import ConfigError
 from adaptive.subnet import Subnet
 
@@ -106,16 +107,17 @@ def test_the_full_sub_network_is_the_plain_model_bitwise():
 @pytest.mark.parametrize("index", [0, 4, 6, 8], ids=name_of)
 def test_cached_decoding_of_an_extracted_sub_network_equals_it_inside_the_parent(index):
   config, length = subnets.config_of(CONFIG, FAMILY[index]), 6
-  params = subnets.extract(CONFIG, PARAMS, FAMILY[index])
   batch = tiny.one_document(CONFIG, length=length)
   expected, _ = SWITCH(PARAMS, batch, index)
-  step = jax.jit(functools.partial(Transformer(config).apply, method="step"))
-  cache, start = empty_cache(config, 2, length + 2), 0
+  params, empty_cache, step = decoding.dense(config, subnets.extract(CONFIG, PARAMS, FAMILY[index]))
+  cache, start = empty_cache(2, length + 2), 0
   for tokens in (3, 1, 1, 1):
-    logits, cache = step({"params": params}, batch["inputs"][:, start : start + tokens], cache, jnp.int32(start))
+    counts = jnp.full((2,), tokens)
+    logits, cache, _ = jax.jit(step)(params, batch["inputs"][:, start : start + tokens], counts, cache)
     start += tokens
     np.testing.assert_allclose(logits, expected[:, start - 1], atol=1e-5)
-  assert cache.key.shape == (len(FAMILY[index].layer_path), 2, length + 2, 2, 4), "the parent's key/value heads"
+  shapes = [layer.key.shape for layer in cache.layers]
+  assert shapes == [(2, 2, length + 2, 4)] * len(FAMILY[index].layer_path), "the parent's key/value heads"
 
 
 @pytest.mark.parametrize("path", [(0, 1, 1, 2), (2, 0)], ids=str)

@@ -26,7 +26,10 @@ VARIANTS = {
   "mixture_of_recursions_lm": ("1.7b,3", "730m,3", "360m,3", "135m,3"),
 }
 CELLS = [
-  (config, variant, topology) for config, variants in VARIANTS.items() for variant in variants for topology in GRAD_ACCUM
+  (config, variant, topology)
+  for config, variants in VARIANTS.items()
+  for variant in variants
+  for topology in GRAD_ACCUM
 ]
 
 _FOLDER = flags.DEFINE_string("folder", "runs/ahead_of_time", "Where the reports lie.")

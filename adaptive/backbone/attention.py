@@ -5,6 +5,8 @@ head, h head size. Weights keep k and g apart, so that fewer query heads per gro
 group, and k can be sharded.
 """
 
+import functools
+import math
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -13,6 +15,8 @@ import jax.numpy as jnp
 
 from adaptive.backbone.layers import RMSNorm, param, residual_init
 from adaptive.config import ModelConfig, RopeScaling
+
+_MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)  # of a score; finite, for a row that sees nothing
 
 
 class Context(NamedTuple):
@@ -33,7 +37,10 @@ class Context(NamedTuple):
 
 
 class LayerCache(NamedTuple):
-  """Keys (already rotated) and values of one layer, [b, s, k, h]; with a leading layer axis when stacked."""
+  """Keys (already rotated) and values of one layer, [b, k, s, h]; with a leading layer axis when stacked.
+
+  Heads come before slots, as the products of a decoding step read them: the other order costs a transposed copy.
+  """
 
   key: jax.Array
   value: jax.Array
@@ -93,11 +100,27 @@ def row_slots(index: jax.Array, counts: jax.Array, length: int, slots: int) -> j
 
 def write(cache: LayerCache, new: LayerCache, slots: jax.Array) -> LayerCache:
   """The cache with new keys and values [b, t, k, h] in it; `slots` as in `Context`."""
+  new = jax.tree.map(lambda x: jnp.swapaxes(x, 1, 2), new)
   if slots.ndim == 0:
-    return jax.tree.map(lambda old, x: jax.lax.dynamic_update_slice(old, x, (0, slots, 0, 0)), cache, new)
+    return jax.tree.map(lambda old, x: jax.lax.dynamic_update_slice(old, x, (0, 0, slots, 0)), cache, new)
   # vmap, not an index per row: the partitioner then sees that rows stay on their devices.
-  put = jax.vmap(lambda old, x, slot: old.at[slot].set(x, mode="drop"))
+  put = jax.vmap(lambda old, x, slot: old.at[:, slot].set(x, mode="drop"))
   return jax.tree.map(lambda old, x: put(old, x, slots), cache, new)
+
+
+def attend_cache(query: jax.Array, cache: LayerCache, mask: jax.Array) -> jax.Array:
+  """softmax(q k / sqrt(h)) v over a cache, [b, t, k * g, h]; the mask is [1 or b, 1, t, s].
+
+  The queries of a key head are the rows of one product per head and row, which takes half the time of
+  `jax.nn.dot_product_attention` for a single token on a CPU.
+  """
+  (b, t, _, h), (k, s) = query.shape, cache.key.shape[1:3]
+  rows = jnp.moveaxis(query.reshape(b, t, k, -1, h), 1, 3)  # b k g t h
+  product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+  scores = product("bkqh,bksh->bkqs", rows.reshape(b, k, -1, h), cache.key).reshape(*rows.shape[:4], s)
+  weights = jax.nn.softmax(jnp.where(mask[:, :, None], scores / math.sqrt(h), _MASKED), axis=-1).astype(query.dtype)
+  attended = product("bkqs,bksh->bkqh", weights.reshape(b, k, -1, s), cache.value).reshape(rows.shape)
+  return jnp.moveaxis(attended.astype(query.dtype), 3, 1).reshape(query.shape)
 
 
 class Attention(nn.Module):
@@ -110,12 +133,11 @@ class Attention(nn.Module):
     """Returns the output and the cache with this call's keys and values written in (None without a cache)."""
     query = self._query(x, context)
     if cache is None:
-      key, value = self._key_value(x, context)
+      attended = self._attend(query, *self._key_value(x, context), context.mask)
     else:
       if context.slots is not None:
         cache = write(cache, LayerCache(*self._key_value(x, context)), context.slots)
-      key, value = cache
-    attended = self._attend(query, key, value, context.mask)
+      attended = attend_cache(query, cache, context.mask)
     c = self.config
     shape = (c.num_kv_heads, c.q_per_kv, c.head_size, c.d_model)
     out = param(self, "out", residual_init(c), shape, ("kv_heads", "q_per_kv", "head_dim", "embed"))

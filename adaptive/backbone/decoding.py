@@ -1,38 +1,82 @@
-"""The dense model as generation runs it: rows of different lengths, a few tokens of each at a time."""
+"""Layers as generation runs them: rows of different lengths, a few tokens of each at a time.
 
-import dataclasses
-from collections.abc import Callable
+Each layer has parameters and a cache of its own here. Stacked ones are shorter to compile, but a step would then copy
+every layer's weights and keys out of the stack, and the keys back, which is most of its time.
+"""
+
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from adaptive.backbone.attention import LayerCache
-from adaptive.backbone.transformer import Params, Transformer
-from adaptive.backbone.transformer import empty_cache as empty_layers
+from adaptive.backbone.attention import Context, LayerCache, cache_mask, rope_table, row_slots
+from adaptive.backbone.transformer import Block, Params, Transformer
 from adaptive.config import ModelConfig
 
 
 class Cache(NamedTuple):
-  """Keys and values of all layers, each [l, b, slots, k, h], and how many tokens each row holds, int32 [b]."""
+  """Keys and values of each layer, and how many tokens each row holds, int32 [b]."""
 
-  layers: LayerCache
+  layers: tuple[LayerCache, ...]
   lengths: jax.Array
 
 
-def dense(config: ModelConfig, params: Params) -> tuple[Params, Callable, Callable]:
+def unstack(layers: Params) -> tuple[Params, ...]:
+  """Stacked layers [l, ...] -> l trees."""
+  return tuple(jax.tree.map(lambda leaf, i=i: leaf[i], layers) for i in range(jax.tree.leaves(layers)[0].shape[0]))
+
+
+def empty_layer(config: ModelConfig, batch_size: int, slots: int) -> LayerCache:
+  """One layer's cache of zeros."""
+  shape = (batch_size, config.num_kv_heads, slots, config.head_size)
+  return LayerCache(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
+
+
+def run_layers(
+  config: ModelConfig, layers: Sequence[Params], x: jax.Array, context: Context, caches: Sequence[LayerCache]
+) -> tuple[jax.Array, tuple[LayerCache, ...]]:
+  """Layers one after the other, each with its cache: [b, t, d] -> ([b, t, d], caches)."""
+  block, after = Block(config), []
+  for layer, cache in zip(layers, caches, strict=True):
+    x, cache = block.apply({"params": layer}, x, context, cache)
+    after.append(cache)
+  return x, tuple(after)
+
+
+def context_of(config: ModelConfig, lengths: jax.Array, counts: jax.Array, length: int, slots: int) -> Context:
+  """That of `length` tokens which follow the `lengths` [b] of each row, of which the first counts [b] are stored."""
+  positions = lengths[:, None] + jnp.arange(length, dtype=jnp.int32)[None]
+  mask, written = cache_mask(lengths, length, slots), row_slots(lengths, counts, length, slots)
+  return Context(*rope_table(config, positions), mask, written)
+
+
+def last_of(x: jax.Array, counts: jax.Array) -> jax.Array:
+  """Each row's last real token, [b, t, d] -> [b, 1, d]."""
+  return jnp.take_along_axis(x, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)
+
+
+def dense(config: ModelConfig, params: Params, path: Sequence[int] = ()) -> tuple[Params, Callable, Callable]:
   """Parameters, `empty_cache` and `step` of a dense model, in the order of `Decoder` in `adaptive.methods.contract`.
 
   The parameters come in the dtype that computes: a step reads every one of them, and does little else.
+
+  Args:
+    path: which of the layers run, in order; all of them unless given. One that runs twice has two caches.
   """
-  # Scanned layers compile in half the time of unrolled ones, and one token is no slower.
-  model = Transformer(dataclasses.replace(config, remat="none", scan_unroll=1))
+  model = Transformer(config)
+  params = jax.tree.map(lambda x: x.astype(config.dtype), {**params, "layers": unstack(params["layers"])})
+  path = tuple(path) or range(len(params["layers"]))
 
   def empty_cache(batch_size: int, slots: int) -> Cache:
-    return Cache(empty_layers(config, batch_size, slots), jnp.zeros((batch_size,), jnp.int32))
+    layers = tuple(empty_layer(config, batch_size, slots) for _ in path)
+    return Cache(layers, jnp.zeros((batch_size,), jnp.int32))
 
   def step(params: Params, tokens: jax.Array, counts: jax.Array, cache: Cache):
-    logits, layers = model.apply({"params": params}, tokens, cache.layers, cache.lengths, counts, method="step")
+    context = context_of(config, cache.lengths, counts, tokens.shape[1], cache.layers[0].key.shape[2])
+    x = model.apply({"params": params}, tokens, method=lambda m, t: m.embedding.encode(t))
+    x, layers = run_layers(config, [params["layers"][i] for i in path], x, context, cache.layers)
+    logits = model.apply({"params": params}, last_of(x, counts), method="head")[:, 0]
     return logits, Cache(layers, cache.lengths + counts), {}
 
-  return jax.tree.map(lambda x: x.astype(config.dtype), params), empty_cache, step
+  return params, empty_cache, step

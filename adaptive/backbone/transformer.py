@@ -11,15 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from adaptive.backbone.attention import (
-  Attention,
-  Context,
-  LayerCache,
-  cache_mask,
-  rope_table,
-  row_slots,
-  segment_mask,
-)
+from adaptive.backbone.attention import Attention, Context, LayerCache, rope_table, segment_mask
 from adaptive.backbone.layers import Embedding, FeedForward, RMSNorm
 from adaptive.config import ModelConfig
 from adaptive.sharding import constrain
@@ -86,36 +78,6 @@ class Transformer(nn.Module):
   def head(self, x: jax.Array) -> jax.Array:
     """Final norm and output head: residual stream [b, t, d] -> float32 logits [b, t, v]."""
     return constrain(self.embedding.decode(self.final_norm(x)), "batch", "length", "vocab")
-
-  def step(
-    self, tokens: jax.Array, cache: LayerCache, index: jax.Array, counts: jax.Array | None = None
-  ) -> tuple[jax.Array, LayerCache]:
-    """Cached forward of one document per row: tokens [b, t] follow the `index` tokens that the cache holds.
-
-    Args:
-      index: the same for all rows, int32 [], which is the quickest; with `counts` each row's own, int32 [b].
-      counts: the first counts[row] of a row's tokens are real, int32 [b]; the others, on the right, are not stored.
-
-    Returns:
-      Logits of the token after the last real one, float32 [b, v] (of no meaning where a row's count is 0), and the
-      cache with the real tokens added.
-    """
-    length, slots = tokens.shape[1], cache.key.shape[2]
-    positions = jnp.broadcast_to(jnp.reshape(index, (-1, 1)) + jnp.arange(length)[None], tokens.shape)
-    written = index if counts is None else row_slots(index, counts, length, slots)
-    context = Context(*rope_table(self.config, positions), cache_mask(index, length, slots), written)
-    x, cache = self.layers(self.embedding.encode(tokens), context, cache)
-    if counts is None:
-      last = x[:, -1:]
-    else:
-      last = jnp.take_along_axis(x, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)
-    return self.head(last)[:, 0], cache
-
-
-def empty_cache(config: ModelConfig, batch_size: int, slots: int) -> LayerCache:
-  """Stacked key/value cache of zeros, each [l, b, slots, k, h]."""
-  shape = (config.num_layers, batch_size, slots, config.num_kv_heads, config.head_size)
-  return LayerCache(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
 
 
 def dummy_batch(batch_size: int = 1, length: int = 2) -> Batch:

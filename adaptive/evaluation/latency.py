@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adaptive.backbone.transformer import Transformer, empty_cache
+from adaptive.backbone import decoding
 from adaptive.config import ModelConfig
 
 WARM_UP = 10
@@ -29,21 +29,29 @@ class Latency:
 
 
 class _Timed:
-  """A compiled cached forward of `tokens` tokens that follow `index` others. Its cache is donated, as in generation."""
+  """A compiled cached forward of `tokens` tokens that follow `index` others. Its cache is donated, as in generation.
 
-  def __init__(self, config: ModelConfig, params: Any, tokens: int, index: int):
-    # Scanned layers: they compile in half the time; one token is no slower, a prompt by a fifth.
-    model = Transformer(dataclasses.replace(config, remat="none", scan_unroll=1))
-    forward = jax.jit(lambda p, t, c, i: model.apply({"params": p}, t, c, i, method="step"), donate_argnums=2)
-    self._params, self._cache = params, empty_cache(config, 1, index + tokens)
-    self._tokens, self._index = jnp.zeros((1, tokens), jnp.int32), jnp.int32(index)
-    self._compiled = forward.lower(params, self._tokens, self._cache, self._index).compile()
+  Args:
+    model: parameters, empty cache and step, as `decoding.dense` makes them.
+  """
+
+  def __init__(self, model: tuple[Any, Callable, Callable], tokens: int, index: int):
+    self._params, empty_cache, step = model
+
+    def forward(params, tokens, counts, cache):
+      logits, after, _ = step(params, tokens, counts, cache._replace(lengths=jnp.full_like(cache.lengths, index)))
+      return logits, after
+
+    self._cache = empty_cache(1, index + tokens)
+    self._tokens, self._counts = jnp.zeros((1, tokens), jnp.int32), jnp.full((1,), tokens, jnp.int32)
+    args = self._params, self._tokens, self._counts, self._cache
+    self._compiled = jax.jit(forward, donate_argnums=3).lower(*args).compile()
     self.times: list[float] = []
 
   def __call__(self, calls: int, record: bool) -> None:
     for _ in range(calls):
       start = time.perf_counter()
-      logits, self._cache = self._compiled(self._params, self._tokens, self._cache, self._index)
+      logits, self._cache = self._compiled(self._params, self._tokens, self._counts, self._cache)
       logits.block_until_ready()
       if record:
         self.times.append(1000 * (time.perf_counter() - start))
@@ -67,8 +75,8 @@ def measure(
   def compile_both(model: tuple[ModelConfig, Any]) -> tuple[_Timed, _Timed]:
     config, params = model
     with jax.default_device(device):
-      params = jax.device_put(params, device)
-      return _Timed(config, params, prefill_tokens, 0), _Timed(config, params, 1, prefill_tokens)
+      model = decoding.dense(config, jax.device_put(params, device))
+      return _Timed(model, prefill_tokens, 0), _Timed(model, 1, prefill_tokens)
 
   timed = []
   with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:  # the compiler does not hold Python's lock

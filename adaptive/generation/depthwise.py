@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from adaptive import sharding
 from adaptive.config import require
 from adaptive.generation.loop import bucket, check
 from adaptive.generation.sampling import Sampling, row_keys, sample
@@ -42,7 +43,7 @@ class Result:
     return sum(map(len, self.tokens)) / self.seconds
 
 
-_TOGETHER = 8  # prompts that one program takes, where there are several
+_TOGETHER = (1, 4)  # prompts that one program takes
 
 
 class _State(NamedTuple):
@@ -110,25 +111,26 @@ class DepthwiseGenerator:
       self._compiled.add((length, room))
     waiting = collections.deque(range(len(prompts)))
     holder: list[int | None] = [None] * self._slots
-    tokens, passed, ticks, held = [[] for _ in prompts], 0, 0, None
+    tokens, passed, ticks, held = [[] for _ in prompts], 0, 0, []
     params, seed = self._ticker.params, np.uint32(seed)
     start = time.perf_counter()
     while waiting or any(number is not None for number in holder):
+      coming = []
       free = [slot for slot in range(self._slots) if holder[slot] is None]
       while waiting and free:
-        some, free = free[:_TOGETHER], free[_TOGETHER:]
-        some = some[: len(waiting)]
+        number = min(len(free), len(waiting), _TOGETHER[-1])
+        some, free = free[:number], free[number:]
         for slot in some:
           holder[slot] = waiting.popleft()
         admitted = self._padded(some, [(holder[slot], prompts[holder[slot]]) for slot in some], length)
         state, sampled = self._admit(params, state, *admitted, max_new_tokens, seed)
-        self._read(sampled, holder, tokens)
+        coming.append(sampled)
       state, sampled = self._tick(params, state, seed, max_new_tokens)
+      coming.append(sampled)
       ticks += 1
-      if held is not None:
-        passed += self._read(held, holder, tokens)
-      held = sampled
-    passed += int(jax.device_get(held.passed))
+      passed += sum(self._read(sampled, holder, tokens) for sampled in held)  # while the device goes on
+      held = coming
+    passed += sum(int(jax.device_get(sampled.passed)) for sampled in held)
     return Result(tokens, time.perf_counter() - start, ticks, passed / max(ticks * self._slots, 1))
 
   def _read(self, sampled: _Sampled, holder: list[int | None], tokens: list[list[int]]) -> int:
@@ -144,21 +146,25 @@ class DepthwiseGenerator:
 
   def _empty(self, room: int) -> _State:
     zeros = lambda: jnp.zeros((self._slots,), jnp.int32)  # each its own buffer, to be donated
-    return _State(self._ticker.empty(self._slots, room), zeros(), zeros(), zeros())
+    state = _State(self._ticker.empty(self._slots, room), zeros(), zeros(), zeros())
+    # Where programs put it, so that none of them is compiled a second time for what another has made.
+    place = jax.tree.leaves(self._ticker.params)[0].sharding
+    place = sharding.replicated(place.mesh) if isinstance(place, jax.sharding.NamedSharding) else place
+    return jax.device_put(state, place)
 
   def _compile(self, state: _State, length: int, most: int) -> None:
     """Compiles both programs on a state of nothing, so that no request pays for it."""
     like = functools.partial(jax.tree.map, jnp.copy)
     seed = np.uint32(0)
-    for rows in (1, _TOGETHER):
+    for rows in _TOGETHER:
       nothing = np.zeros((3, rows), np.int32)
       args = nothing[0], nothing[1], np.zeros((rows, length), np.int32), nothing[2]
       jax.block_until_ready(self._admit(self._ticker.params, like(state), *args, most, seed))
     jax.block_until_ready(self._tick(self._ticker.params, like(state), seed, most))
 
   def _padded(self, slots: Sequence[int], requests: Sequence[tuple[int, Sequence[int]]], length: int):
-    """Slots, numbers, tokens and their counts for a program of one request, or of several with rows of none."""
-    rows = 1 if len(slots) == 1 else _TOGETHER
+    """Slots, numbers, tokens and their counts, for the smallest program that has a row for each."""
+    rows = next(rows for rows in _TOGETHER if rows >= len(slots))
     chosen, numbers, counts = np.zeros((3, rows), np.int32)
     tokens = np.zeros((rows, length), np.int32)
     chosen[: len(slots)] = slots

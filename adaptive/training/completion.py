@@ -10,6 +10,7 @@ import numpy as np
 
 from adaptive.config import ConfigError, require
 from adaptive.data.tokenizers import Tokenizer, check_vocab, make_tokenizer
+from adaptive.generation import depthwise
 from adaptive.generation.loop import Generator, Result, check
 from adaptive.generation.sampling import Sampling
 from adaptive.generation.text import RowText
@@ -26,6 +27,7 @@ class Request:
     submodel: its name; None is the full model. step: of the checkpoint; None is the newest.
     max_len: limit on the tokens of a prompt and its continuation; None is the length of rows that the run trained on.
     stop: a continuation ends before this text, or with its document; empty: only with its document.
+    slots: prompts under way at a time, each token of them at its own depth; 0 takes all prompts step by step.
   """
 
   prompts: tuple[str, ...]
@@ -36,6 +38,7 @@ class Request:
   max_len: int | None = None
   seed: int = 0
   stop: str = ""
+  slots: int = 0
 
 
 def complete(workdir: str, request: Request) -> None:
@@ -45,6 +48,7 @@ def complete(workdir: str, request: Request) -> None:
     ConfigError: anything that cannot work; all but a missing checkpoint is found before parameters are read.
   """
   require(jax.process_count() == 1, "generate.py runs in one process")
+  require(request.slots >= 0, f"slots={request.slots} must be at least 1, or 0 for none")
   plan = load_plan(workdir)
   submodels = plan.method.submodels(plan.model)
   submodel = submodels[-1] if request.submodel is None else find_submodel(plan, request.submodel)
@@ -55,15 +59,19 @@ def complete(workdir: str, request: Request) -> None:
   max_len = data.seq_len if request.max_len is None else request.max_len
   check(prompts, request.max_new_tokens, request.seed, tokenizer.vocab_size, max_len)
   _, params = load_params(plan, workdir, request.step)
-  decoder = plan.method.decoder(plan.model, params, submodel)
-  generator = Generator(
-    decoder, tokenizer.vocab_size, request.sampling, stop_tokens=(tokenizer.eos,), max_len=max_len, mesh=plan.mesh
-  )
   texts = [RowText(tokenizer, prompt, request.stop) for prompt in prompts]
   if isinstance(sys.stdout, io.TextIOWrapper):
     sys.stdout.reconfigure(errors="replace")  # a model writes what it likes, a terminal may know less
-  result = (_stream if len(prompts) == 1 else _print_all)(generator, request, prompts, texts)
-  print(_summary(result), file=sys.stderr)
+  sampled = dict(vocab_size=tokenizer.vocab_size, sampling=request.sampling, stop_tokens=(tokenizer.eos,))
+  if request.slots:
+    ticker = plan.method.ticker(plan.model, params, submodel)
+    require(ticker is not None, "every token of this run's method takes the same path: leave out --slots")
+    generator = depthwise.DepthwiseGenerator(ticker, slots=request.slots, **sampled)
+    summary = _through_slots(generator, request, prompts, texts)
+  else:
+    generator = Generator(plan.method.decoder(plan.model, params, submodel), **sampled, max_len=max_len, mesh=plan.mesh)
+    summary = _summary((_stream if len(prompts) == 1 else _print_all)(generator, request, prompts, texts))
+  print(summary, file=sys.stderr)
 
 
 def _encode(tokenizer: Tokenizer, prompt: str) -> list[int]:
@@ -106,6 +114,19 @@ def _print_all(
   for number, (found, text) in enumerate(zip(pieces, texts), 1):
     print(f"--- {number}\n{''.join(found)}{text.end()}")
   return result
+
+
+def _through_slots(
+  generator: depthwise.DepthwiseGenerator, request: Request, prompts: Sequence[Sequence[int]], texts: list[RowText]
+) -> str:
+  """Prints as `_print_all` does; a stop text ends what is shown, and not the work."""
+  result = generator(prompts, request.max_new_tokens, request.seed)
+  for number, (prompt, tokens, text) in enumerate(zip(request.prompts, result.tokens, texts), 1):
+    print(f"--- {number}\n{prompt}{''.join(map(text.feed, tokens))}{text.end()}")
+  return (
+    f"{sum(map(len, result.tokens))} tokens of {len(prompts)} prompts, {result.tokens_per_second:.1f} tokens/s with "
+    f"prompts; {result.ticks} ticks with {result.occupancy:.0%} of {request.slots} slots at work"
+  )
 
 
 def _summary(result: Result) -> str:

@@ -1,5 +1,4 @@
 import dataclasses
-import functools
 
 import flax.linen as nn
 import jax
@@ -10,8 +9,9 @@ import pytest
 import tiny
 
 from adaptive import losses
+from adaptive.backbone import decoding
 from adaptive.backbone.attention import apply_rope, rope_table
-from adaptive.backbone.transformer import Transformer, empty_cache, init_params
+from adaptive.backbone.transformer import Transformer, init_params
 from adaptive.config import RopeScaling
 from adaptive.sharding import RULES
 
@@ -114,11 +114,11 @@ def test_a_packed_document_equals_the_document_alone(model):
 def test_cached_steps_equal_one_forward_pass(model):
   config, params, apply = model
   batch = tiny.one_document(config)
-  step = jax.jit(functools.partial(Transformer(config).apply, method="step"))
-  cache, expected, start = empty_cache(config, 2, 11), apply(batch), 0
+  params, empty_cache, step = decoding.dense(config, params)
+  step, cache, expected, start = jax.jit(step), empty_cache(2, 11), apply(batch), 0
   for length in (1, 1, 1, 4, 1):
     tokens = batch["inputs"][:, start : start + length]
-    logits, cache = step({"params": params}, tokens, cache, jnp.int32(start))
+    logits, cache, _ = step(params, tokens, jnp.full((2,), length), cache)
     start += length
     np.testing.assert_allclose(logits, expected[:, start - 1], atol=1e-5)
 
@@ -170,7 +170,7 @@ def test_bfloat16_computes_close_to_float32_and_returns_float32_logits():
 def test_parameters_are_stored_as_param_dtype():
   config = tiny.model_config(param_dtype="bfloat16", dtype="bfloat16")
   assert {leaf.dtype for leaf in jax.tree.leaves(nn.unbox(tiny.shapes(config)))} == {jnp.dtype("bfloat16")}
-  assert empty_cache(config, 1, 4).key.dtype == jnp.bfloat16
+  assert decoding.empty_layer(config, 1, 4).key.dtype == jnp.bfloat16
 
 
 @pytest.mark.parametrize("variant", ["plain", "untied", "qwen"])

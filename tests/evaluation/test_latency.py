@@ -7,7 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from adaptive.backbone.transformer import Transformer, empty_cache, init_params
+from adaptive.backbone import decoding
+from adaptive.backbone.transformer import Transformer, init_params
 from adaptive.config import ModelConfig
 from adaptive.evaluation import latency
 
@@ -39,8 +40,8 @@ def test_every_model_is_called_as_often_as_asked_and_warm(monkeypatch, repeats, 
   made = []
 
   class Timed:
-    def __init__(self, config, params, tokens, index):
-      self.times, self.calls, self.of = [], [], (config, tokens, index)
+    def __init__(self, model, tokens, index):
+      self.times, self.calls, self.of = [], [], (model, tokens, index)
       made.append(self)
 
     def __call__(self, calls, record):
@@ -48,6 +49,7 @@ def test_every_model_is_called_as_often_as_asked_and_warm(monkeypatch, repeats, 
       self.times += [1.0] * calls * record
 
   monkeypatch.setattr(latency, "_Timed", Timed)
+  monkeypatch.setattr(latency.decoding, "dense", lambda config, params: config)
   latency.measure([("a", {}), ("b", {})], prefill_tokens=8, repeats=repeats)
   assert [t.of for t in made] == [("a", 8, 0), ("a", 1, 8), ("b", 8, 0), ("b", 1, 8)]
   for timed in made:
@@ -62,9 +64,11 @@ def test_the_timed_program_is_the_model():
   tokens = jax.random.randint(jax.random.key(1), (1, 9), 0, 264)
   batch = {"inputs": tokens, "segment_ids": tokens * 0 + 1, "positions": jax.numpy.arange(9)[None]}
   expected = jax.jit(Transformer(config).apply)({"params": params}, batch)
-  prefill, step = latency._Timed(config, params, 8, 0), latency._Timed(config, params, 1, 8)
-  logits, cache = prefill._compiled(params, tokens[:, :8], empty_cache(config, 1, 8), jax.numpy.int32(0))
+  params, empty_cache, _ = decoder = decoding.dense(config, params)
+  prefill, step = latency._Timed(decoder, 8, 0), latency._Timed(decoder, 1, 8)
+  one = jax.numpy.ones((1,), jax.numpy.int32)
+  logits, cache = prefill._compiled(params, tokens[:, :8], 8 * one, empty_cache(1, 8))
   np.testing.assert_allclose(logits, expected[:, 7], atol=1e-5)
-  longer = jax.tree.map(lambda x: jax.numpy.pad(x, ((0, 0), (0, 0), (0, 1), (0, 0), (0, 0))), cache)
-  logits, _ = step._compiled(params, tokens[:, 8:], longer, jax.numpy.int32(8))
+  longer = jax.tree.map(lambda x: jax.numpy.pad(x, ((0, 0), (0, 0), (0, 1), (0, 0))), cache.layers)
+  logits, _ = step._compiled(params, tokens[:, 8:], one, decoding.Cache(longer, cache.lengths))
   np.testing.assert_allclose(logits, expected[:, 8], atol=1e-5)

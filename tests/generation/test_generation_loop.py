@@ -204,9 +204,11 @@ def test_a_mesh_changes_no_token(slow):
   decoder = METHODS["dense"].decoder(made, params, METHODS["dense"].submodels(made)[0])
   spread = Generator(decoder, VOCAB, GREEDY, mesh=mesh)
   assert spread(PROMPTS, NEW).tokens == [tokens for tokens, _ in slow]
-  (first, _), (layers, rows, slots) = spread._programs(4, 16, 16), (2, 4, 16)
-  key = first.output_shardings[0].layers.key
-  assert key.shard_shape((layers, rows, slots, 2, 4)) == (2, 1, 16, 1, 4), "rows and heads lie apart"
+  first, _ = spread._programs(4, 16, 16)
+  for layer in first.output_shardings[0].layers:
+    assert layer.key.shard_shape((4, 2, 16, 4)) == (1, 1, 16, 4), "rows and heads lie apart"
+  query = decoder.params["layers"][0]["attention"]["query"]
+  assert query.sharding.shard_shape(query.shape) == tuple(np.array(query.shape) // (2, 2, 1, 1)), "as in training"
 
 
 @pytest.mark.parametrize(

@@ -145,19 +145,21 @@ def update_flops(model: Recursive, choice: tuple[int, ...], seq_len: int) -> flo
 
 def extract(model: Recursive, params: Params, submodel: SubModel) -> tuple[ModelConfig, Params]:
   """The unrolled model, with a copy of a shared layer wherever it runs."""
-  sharing = model.sharing
-  ends = int(sharing.middle)
-  inner = range(ends, sharing.unique - ends)
-  repeats = submodel["recursions"]
-  path = [*inner] * repeats if sharing.scheme.endswith("cycle") else [layer for layer in inner for _ in range(repeats)]
-  path = np.array([0, *path, sharing.unique - 1] if sharing.middle else path)
+  path = _layer_path(model, submodel)
   config = dataclasses.replace(model.config, num_layers=len(path))
   return config, {**params, "layers": jax.tree.map(lambda leaf: leaf[path], params["layers"])}
 
 
 def decoder(model: Recursive, params: Params, submodel: SubModel) -> Decoder:
-  """The unrolled model's: a shared layer has a cache for each of its passes."""
-  return Decoder(*decoding.dense(*extract(model, params, submodel)))
+  """A shared layer has a cache for each of its passes, and its weights once."""
+  return Decoder(*decoding.dense(model.config, params, _layer_path(model, submodel).tolist()))
+
+
+def _layer_path(model: Recursive, submodel: SubModel) -> np.ndarray:
+  """The unique layers that a sub-model runs, in order."""
+  sharing, repeats = model.sharing, submodel["recursions"]
+  depth = 2 * sharing.middle + repeats * sharing.block_size
+  return np.array(dataclasses.replace(sharing, num_layers=depth, num_recursions=repeats).layer_path)
 
 
 def ticker(model: Recursive, params: Params, submodel: SubModel) -> None:

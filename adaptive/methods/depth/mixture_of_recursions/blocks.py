@@ -77,7 +77,7 @@ class Block(NamedTuple):
 
     Args:
       x: their residual stream, [b, n, d].
-      base: keys and values of the first recursion, stacked [j, b, s, k, h]; None before it.
+      base: keys and values of the first recursion, stacked [j, b, k, s, h]; None before it.
       keep: bool [b, n]: which of the tokens the recursion is for; the others' results mean nothing. None: all.
 
     Returns:
@@ -100,7 +100,7 @@ class Block(NamedTuple):
 
   def _empty(self, x: jax.Array) -> LayerCache:
     number = jax.tree.leaves(self.layers)[0].shape[0]
-    shape = (number, *x.shape[:2], self.model.num_kv_heads, self.model.head_size)
+    shape = (number, x.shape[0], self.model.num_kv_heads, x.shape[1], self.model.head_size)
     return LayerCache(jnp.zeros(shape, x.dtype), jnp.zeros(shape, x.dtype))
 
 

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from adaptive import recursion
-from adaptive.backbone.attention import Context, LayerCache, cache_mask, rope_table, row_slots
+from adaptive.backbone import decoding
+from adaptive.backbone.attention import Context, LayerCache
 from adaptive.methods.contract import Decoder, Metrics, Params
 from adaptive.methods.depth.mixture_of_recursions import causal
 from adaptive.methods.depth.mixture_of_recursions.causal import Rule
@@ -26,18 +27,23 @@ class Cache(NamedTuple):
 
   Attributes:
     lengths: tokens of each row, int32 [b].
-    before, after: keys and values of the layers around the loop, stacked.
-    block: of the shared block, stacked [j, b, slots, k, h], by recursion.
+    before, after: keys and values of each layer around the loop.
+    block: of each layer of the shared block, by recursion.
     index: position of the token in each slot, int32 [b, slots], by recursion; with `recursion_wise` keys only.
     counts: tokens that passed each recursion, int32 [r, b].
   """
 
   lengths: jax.Array
-  before: LayerCache
-  after: LayerCache
-  block: tuple[LayerCache, ...]
+  before: tuple[LayerCache, ...]
+  after: tuple[LayerCache, ...]
+  block: tuple[tuple[LayerCache, ...], ...]
   index: tuple[jax.Array, ...]
   counts: jax.Array
+
+  @property
+  def room(self) -> int:
+    """Slots of the layers that every token passes."""
+    return (self.before or self.block[0])[0].key.shape[2]
 
 
 def slots_of(model: nn.Module, rule: Rule, which: int, slots: int) -> int:
@@ -48,21 +54,18 @@ def slots_of(model: nn.Module, rule: Rule, which: int, slots: int) -> int:
 
 
 def empty_cache(model: nn.Module, rule: Rule, batch_size: int, slots: int) -> Cache:
-  config, sharing = model.config, model.sharing
-
-  def layers(number: int, room: int) -> LayerCache:
-    shape = (number, batch_size, room, config.num_kv_heads, config.head_size)
-    return LayerCache(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
+  def layers(number: int, room: int) -> tuple[LayerCache, ...]:
+    return tuple(decoding.empty_layer(model.config, batch_size, room) for _ in range(number))
 
   alone = model.method.kv_cache == "recursion_wise"
   caches = 1 if model.method.kv_cache == "shared" else rule.recursions
   rooms = [slots_of(model, rule, which, slots) for which in range(caches)]
-  ends = int(sharing.middle)
+  ends = int(model.sharing.middle)
   return Cache(
     lengths=jnp.zeros((batch_size,), jnp.int32),
     before=layers(ends, slots),
     after=layers(ends, slots),
-    block=tuple(layers(sharing.block_size, room) for room in rooms),
+    block=tuple(layers(model.sharing.block_size, room) for room in rooms),
     index=tuple(jnp.full((batch_size, room), _EMPTY, jnp.int32) for room in rooms) if alone else (),
     counts=jnp.zeros((model.method.num_recursions, batch_size), jnp.int32),
   )
@@ -74,13 +77,22 @@ def decoder(model: nn.Module, params: Params, rule: Rule) -> Decoder:
   def step(params: Params, tokens: jax.Array, counts: jax.Array, cache: Cache) -> tuple[jax.Array, Cache, Metrics]:
     return step_of(model, rule, params, tokens, counts, cache)
 
-  # A step reads every parameter and does little else, so they come in the dtype that computes; routers stay float32.
-  cast = {name: name not in ("router", "aux_router") for name in params}
-  params = {
-    name: jax.tree.map(lambda x: x.astype(model.config.dtype), part) if cast[name] else part
-    for name, part in params.items()
-  }
-  return Decoder(params, lambda batch_size, slots: empty_cache(model, rule, batch_size, slots), step)
+  empty = lambda batch_size, slots: empty_cache(model, rule, batch_size, slots)
+  return Decoder(params_of(model, params), empty, step)
+
+
+def params_of(model: nn.Module, params: Params) -> Params:
+  """Parameters as steps read them: layers apart, those before the loop, of its block and after it.
+
+  A step reads every parameter and does little else, so they come in the dtype that computes; routers stay float32.
+  """
+  layers = tuple(decoding.unstack(part) for part in recursion.split(model.sharing, params["layers"]))
+  cast = lambda name, part: part if name in ("router", "aux_router") else jax.tree.map(_in(model.config.dtype), part)
+  return {name: cast(name, part) for name, part in {**params, "layers": layers}.items()}
+
+
+def _in(dtype: str):
+  return lambda leaf: leaf.astype(dtype)
 
 
 class _Position(NamedTuple):
@@ -98,29 +110,27 @@ class _Position(NamedTuple):
 
 def step_of(model, rule: Rule, params: Params, tokens, counts, cache: Cache) -> tuple[jax.Array, Cache, Metrics]:
   """`Decoder.step`; the cache may have more room than the rule needs."""
-  length, slots = tokens.shape[1], cache.before.key.shape[2]
+  length, slots = tokens.shape[1], cache.room
   positions = cache.lengths[:, None] + jnp.arange(length, dtype=jnp.int32)[None]
   real = jnp.arange(length)[None] < counts[:, None]
-  written = row_slots(cache.lengths, counts, length, slots)
-  context = Context(*rope_table(model.config, positions), cache_mask(cache.lengths, length, slots), written)
+  context = decoding.context_of(model.config, cache.lengths, counts, length, slots)
   at = _Position(context, positions, real)
-  layers = recursion.split(model.sharing, params["layers"])
+  layers = params["layers"]
 
   x = model.apply({"params": params}, tokens, method=lambda m, t: m.embedding.encode(t))
-  x, before = recursion.run_layers(model.config, layers[0], x, context, cache.before)
+  x, before = decoding.run_layers(model.config, layers[0], x, context, cache.before)
   run = lambda which, x, keep, cache: _recursion(model, layers[1], which, x, keep, cache, at)
   new = causal.New(positions, real, cache.counts)
   x, keeps, cache = causal.recur(model, params, x, new, rule, run, cache)
-  x, after = recursion.run_layers(model.config, layers[2], x, context, cache.after)
+  x, after = decoding.run_layers(model.config, layers[2], x, context, cache.after)
 
-  last = jnp.take_along_axis(x, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)
-  logits = model.apply({"params": params}, last, method="head")[:, 0]
+  logits = model.apply({"params": params}, decoding.last_of(x, counts), method="head")[:, 0]
   cache = cache._replace(lengths=cache.lengths + counts, before=before, after=after)
   return logits, cache, causal.realised(model, keeps, real)
 
 
 def _recursion(
-  model, layers: Params, which: int, x: jax.Array, keep: jax.Array, cache: Cache, at: _Position
+  model, layers: tuple[Params, ...], which: int, x: jax.Array, keep: jax.Array, cache: Cache, at: _Position
 ) -> tuple[jax.Array, Cache]:
   """The shared block on those of the new tokens that are kept; nothing at all when none is."""
   kind = model.method.kv_cache
@@ -134,9 +144,9 @@ def _recursion(
     if kind == "recursion_wise":
       context, index = _compact(cache.counts[which], keep, index, at)
     elif which > 0:
-      slots = None if kind == "shared" else jnp.where(keep, at.positions, own.key.shape[2])
+      slots = None if kind == "shared" else jnp.where(keep, at.positions, own[0].key.shape[2])
       context = context._replace(slots=slots)
-    return *recursion.run_layers(model.config, layers, x, context, own), index
+    return *decoding.run_layers(model.config, layers, x, context, own), index
 
   output, own, index = jax.lax.cond(jnp.any(keep), run, lambda x, own, index: (x, own, index), x, own, index)
   block, indices = list(cache.block), list(cache.index)
@@ -157,8 +167,8 @@ def _compact(count: jax.Array, keep: jax.Array, index: jax.Array, at: _Position)
   return at.context._replace(slots=slots, mask=mask), index
 
 
-def _with_new(own: LayerCache, base: LayerCache, at: _Position) -> LayerCache:
-  """A recursion's cache with the first one's keys and values for the new tokens."""
-  slots = jnp.arange(own.key.shape[2])
+def _with_new(own: tuple[LayerCache, ...], base: tuple[LayerCache, ...], at: _Position) -> tuple[LayerCache, ...]:
+  """A recursion's caches with the first one's keys and values for the new tokens."""
+  slots = jnp.arange(own[0].key.shape[2])
   new = jnp.any((slots[None, None] == at.positions[:, :, None]) & at.real[:, :, None], axis=1)
-  return jax.tree.map(lambda mine, theirs: jnp.where(new[None, :, :, None, None], theirs, mine), own, base)
+  return jax.tree.map(lambda mine, theirs: jnp.where(new[:, None, :, None], theirs, mine), own, base)

@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from adaptive import recursion
+from adaptive.backbone import decoding
 from adaptive.backbone.attention import Context, LayerCache, rope_table
 from adaptive.config import require
 from adaptive.methods.contract import Params, Ticker
@@ -31,8 +31,8 @@ class Slots(NamedTuple):
     which: recursion that it takes next, int32 [b]; the number of recursions when it takes none, -1 when idle.
     weight: gate of that recursion, float32 [b].
     lengths: tokens, the one under way included, int32 [b].
-    before, after: keys and values of the layers around the loop, stacked [e, b, s, k, h].
-    block: of the shared block, [j, r, b, s, k, h], with r = 1 when recursions share them.
+    before, after: keys and values of each layer around the loop, [b, k, s, h].
+    block: of each layer of the shared block, [r, b, k, s, h], with r = 1 when recursions share them.
     index: position of the token in each slot of `block`, int32 [r, b, s]. counts: tokens that passed, int32 [r, b].
   """
 
@@ -40,15 +40,15 @@ class Slots(NamedTuple):
   which: jax.Array
   weight: jax.Array
   lengths: jax.Array
-  before: LayerCache
-  after: LayerCache
-  block: LayerCache
+  before: tuple[LayerCache, ...]
+  after: tuple[LayerCache, ...]
+  block: tuple[LayerCache, ...]
   index: jax.Array
   counts: jax.Array
 
   @property
   def room(self) -> int:
-    return self.block.key.shape[3]
+    return self.block[0].key.shape[3]
 
 
 def ticker(model: nn.Module, params: Params, rule: Rule) -> Ticker:
@@ -57,7 +57,7 @@ def ticker(model: nn.Module, params: Params, rule: Rule) -> Ticker:
   require(config.expert_choice, "depth-wise batching needs method.routing='expert_choice'")
   require(config.kv_cache != "hybrid", "depth-wise batching needs method.kv_cache 'recursion_wise' or 'shared'")
   return Ticker(
-    params=decode.decoder(model, params, rule).params,
+    params=decode.params_of(model, params),
     empty=lambda slots, room: _empty(model, slots, room),
     advance=lambda params, slots: _advance(model, rule, params, slots),
     under_way=lambda slots: (slots.which >= 0) & (slots.which < config.num_recursions),
@@ -81,38 +81,61 @@ def _empty(model: nn.Module, slots: int, room: int) -> Slots:
     lengths=cache.lengths,
     before=cache.before,
     after=cache.after,
-    block=jax.tree.map(lambda *parts: jnp.stack(parts, axis=1), *cache.block),
+    block=_by_layer(cache),
     index=index,
     counts=cache.counts,
   )
+
+
+def _by_layer(cache: decode.Cache) -> tuple[LayerCache, ...]:
+  """The block's caches by layer, with the recursions stacked."""
+  return jax.tree.map(lambda *parts: jnp.stack(parts), *cache.block)
 
 
 def _advance(model: nn.Module, rule: Rule, params: Params, slots: Slots) -> Slots:
   """The next pass of every slot that is under way, and what it decides after that."""
   number, rows = model.method.num_recursions, jnp.arange(slots.x.shape[0])
   active = (slots.which >= 0) & (slots.which < number)
-  which, position = jnp.clip(slots.which, 0, number - 1), slots.lengths - 1
-  alone = model.method.kv_cache == "recursion_wise"
-  # With shared keys a recursion reads those of the first, which alone stores its token's.
-  place = slots.counts[which, rows] if alone else position
-  stored = active if alone else active & (which == 0)
-  target = jnp.where(stored, place, slots.room)
-  layer = which if alone else jnp.zeros_like(which)
-  own = jax.tree.map(lambda leaf: leaf[:, layer, rows], slots.block)
-  index = slots.index
-  if alone:
-    index = index.at[layer, rows, target].set(position, mode="drop")
-    seen = index[layer, rows] <= position[:, None]
+  which = jnp.clip(slots.which, 0, number - 1)
+  if model.method.kv_cache == "shared":
+    x, block, index = *_with_first_keys(model, params, slots, active & (which == 0)), slots.index
   else:
-    seen = jnp.arange(slots.room)[None] <= position[:, None]
-  x, entry = _run(model, _layers(model, params)[1], slots.x, position, seen, target, own)
-  block = jax.tree.map(lambda leaf, new: leaf.at[:, layer, rows, target].set(new, mode="drop"), slots.block, entry)
+    x, block, index = _with_own_keys(model, params, slots, which, active)
   if model.method.gating == "weighted":
     x = (slots.weight[:, None] * x).astype(x.dtype)
   x = jnp.where(active[:, None], slots.x + x, slots.x)
   counts = slots.counts.at[which, rows].add(active.astype(jnp.int32))
   slots = slots._replace(x=x, which=slots.which + active, block=block, index=index, counts=counts)
   return _decide(model, rule, params, slots)
+
+
+def _with_first_keys(model: nn.Module, params: Params, slots: Slots, first: jax.Array):
+  """The block where every recursion reads the keys of the first, which stores its tokens', in place."""
+  position = slots.lengths - 1
+  target, seen = jnp.where(first, position, slots.room), jnp.arange(slots.room)[None] <= position[:, None]
+  own = jax.tree.map(lambda leaf: leaf[0], slots.block)
+  x, own = _run(model, params["layers"][1], slots.x, position, seen, target, own)
+  return x, jax.tree.map(lambda leaf: leaf[None], own)
+
+
+def _with_own_keys(model: nn.Module, params: Params, slots: Slots, which: jax.Array, active: jax.Array):
+  """The block with the keys of each slot's own recursion, to which its token's are added."""
+  rows, position = jnp.arange(len(which)), slots.lengths - 1
+  target = jnp.where(active, slots.counts[which, rows], slots.room)
+  index = slots.index.at[which, rows, target].set(position, mode="drop")
+  seen = index[which, rows] <= position[:, None]
+  own = jax.tree.map(lambda leaf: _select(leaf, which), slots.block)
+  x, own = _run(model, params["layers"][1], slots.x, position, seen, target, own)
+  put = lambda leaf, new: leaf.at[which, rows, :, target].set(_entry(new, target), mode="drop")
+  return x, jax.tree.map(put, slots.block, own), index
+
+
+def _select(leaf: jax.Array, which: jax.Array) -> jax.Array:
+  """leaf[which[b], b] of [r, b, ...]; quicker so than by a gather, which a CPU does element by element."""
+  chosen = leaf[0]
+  for each in range(1, leaf.shape[0]):
+    chosen = jnp.where(jnp.reshape(which == each, (-1, *[1] * (chosen.ndim - 1))), leaf[each], chosen)
+  return chosen
 
 
 def _decide(model: nn.Module, rule: Rule, params: Params, slots: Slots) -> Slots:
@@ -137,7 +160,7 @@ def _finish(model: nn.Module, params: Params, slots: Slots, chosen: jax.Array) -
   """
   position = slots.lengths[chosen] - 1
   target = jnp.where(position < 0, slots.room, position)  # of a slot that never held a request
-  x, after = _around(model, _layers(model, params)[2], slots.x[chosen], position, slots.after, chosen, target)
+  x, after = _around(model, params["layers"][2], slots.x[chosen], position, slots.after, chosen, target)
   return model.apply({"params": params}, x[:, None], method="head")[:, 0], slots._replace(after=after)
 
 
@@ -146,7 +169,7 @@ def _feed(model: nn.Module, rule: Rule, params: Params, slots: Slots, chosen, to
   position = slots.lengths[chosen]
   x = model.apply({"params": params}, tokens[:, None], method=lambda m, t: m.embedding.encode(t))[:, 0]
   target, begins = jnp.where(valid, position, slots.room), jnp.where(valid, chosen, slots.which.shape[0])
-  x, before = _around(model, _layers(model, params)[0], x, position, slots.before, chosen, target)
+  x, before = _around(model, params["layers"][0], x, position, slots.before, chosen, target)
   begun = slots._replace(
     x=slots.x.at[begins].set(x, mode="drop"),
     which=slots.which.at[begins].set(0, mode="drop"),
@@ -180,37 +203,37 @@ def _prefill(model: nn.Module, rule: Rule, params: Params, slots: Slots, chosen,
     where = (slice(None),) * axis + (target,)
     return leaf.at[where].set(rows, mode="drop")
 
-  block = jax.tree.map(lambda *parts: jnp.stack(parts, axis=1), *cache.block)
   index = put(slots.index, jnp.stack(cache.index), 1) if cache.index else slots.index
   return logits, slots._replace(
     which=slots.which.at[target].set(IDLE, mode="drop"),
     lengths=put(slots.lengths, cache.lengths, 0),
-    before=jax.tree.map(lambda leaf, rows: put(leaf, rows, 1), slots.before, cache.before),
-    after=jax.tree.map(lambda leaf, rows: put(leaf, rows, 1), slots.after, cache.after),
-    block=jax.tree.map(lambda leaf, rows: put(leaf, rows, 2), slots.block, block),
+    before=jax.tree.map(lambda leaf, rows: put(leaf, rows, 0), slots.before, cache.before),
+    after=jax.tree.map(lambda leaf, rows: put(leaf, rows, 0), slots.after, cache.after),
+    block=jax.tree.map(lambda leaf, rows: put(leaf, rows, 1), slots.block, _by_layer(cache)),
     index=index,
     counts=put(slots.counts, cache.counts, 1),
   )
 
 
-def _layers(model: nn.Module, params: Params):
-  return recursion.split(model.sharing, params["layers"])
-
-
-def _around(model: nn.Module, layers: Params, x, position, caches: LayerCache, chosen, target):
+def _around(model: nn.Module, layers: tuple[Params, ...], x, position, caches: tuple[LayerCache, ...], chosen, target):
   """Layers around the loop for the chosen slots, whose caches grow by a token."""
-  own = jax.tree.map(lambda leaf: leaf[:, chosen], caches)
-  seen = jnp.arange(caches.key.shape[2])[None] <= position[:, None]
-  x, entry = _run(model, layers, x, position, seen, target, own)
-  put = lambda leaf, new: leaf.at[:, chosen, target].set(new, mode="drop")
-  return x, jax.tree.map(put, caches, entry)
+  if not layers:
+    return x, caches
+  own = jax.tree.map(lambda leaf: leaf[chosen], caches)
+  seen = jnp.arange(own[0].key.shape[2])[None] <= position[:, None]
+  x, own = _run(model, layers, x, position, seen, target, own)
+  put = lambda leaf, new: leaf.at[chosen, :, target].set(_entry(new, target), mode="drop")
+  return x, jax.tree.map(put, caches, own)
 
 
-def _run(model: nn.Module, layers: Params, x, position, seen, target, own: LayerCache):
-  """Layers on one token of each row, [b, d]; and the token's own keys and values, each [l, b, k, h]."""
+def _run(model: nn.Module, layers: tuple[Params, ...], x, position, seen, target, own: tuple[LayerCache, ...]):
+  """Layers on one token of each row, [b, d], whose keys and values go to slot `target`."""
   table = rope_table(model.config, position[:, None])
   context = Context(*table, seen[:, None, None], target[:, None])
-  x, caches = recursion.run_layers(model.config, layers, x[:, None], context, own)
-  place = jnp.clip(target, 0, own.key.shape[2] - 1)
-  entry = jax.tree.map(lambda leaf: leaf[:, jnp.arange(leaf.shape[1]), place], caches)
-  return x[:, 0], entry
+  x, own = decoding.run_layers(model.config, layers, x[:, None], context, own)
+  return x[:, 0], own
+
+
+def _entry(leaf: jax.Array, target: jax.Array) -> jax.Array:
+  """What slot `target` [b] of each row holds, [b, k, h]."""
+  return leaf[jnp.arange(leaf.shape[0]), :, jnp.clip(target, 0, leaf.shape[2] - 1)]
