@@ -117,12 +117,19 @@ class _Row:
   def layer(self, index, xs, at, recursion=None):
     """One layer for the tokens at some positions; `recursion` is None outside of the shared block."""
     config, layers = self.config, self.params["layers"]
-    weights = {name: leaf[index] for part in ("attention", "mlp") for name, leaf in layers[part].items()}
+    weights = {
+      name: leaf["scale"][index] if name.endswith("_norm") else leaf[index]
+      for part in ("attention", "mlp")
+      for name, leaf in layers[part].items()
+    }
     x = np.stack(xs)
     normed = _rms(x, layers["attention_norm"]["scale"][index], config)
     for head in range(config.num_heads):
       group, member = divmod(head, config.num_heads // config.num_kv_heads)
-      query = self.rotate(normed @ weights["query"][:, group, member], at)
+      query = normed @ weights["query"][:, group, member]
+      if config.qkv_bias:
+        query = query + weights["query_bias"][group, member]
+      query = self.rotate(_rms(query, weights["query_norm"], config) if config.qk_norm else query, at)
       key, value, keys_at = self.keys((index, group), weights, normed, at, recursion)
       for i, t in enumerate(at):
         seen = [j for j, s in enumerate(keys_at) if s <= t and self.segments[s] == self.segments[t]]
@@ -140,7 +147,10 @@ class _Row:
     rule, group = "recursion_wise" if recursion is None else self.method.kv_cache, which[1]
     if rule == "shared" and recursion > 0:
       return self.base[which]
-    fresh = self.rotate(normed @ weights["key"][:, group], at), normed @ weights["value"][:, group], at
+    key, value = normed @ weights["key"][:, group], normed @ weights["value"][:, group]
+    if self.config.qkv_bias:
+      key, value = key + weights["key_bias"][group], value + weights["value_bias"][group]
+    fresh = self.rotate(_rms(key, weights["key_norm"], self.config) if self.config.qk_norm else key, at), value, at
     if rule == "recursion_wise":
       return fresh
     if recursion == 0:

@@ -119,15 +119,9 @@ def _trained(study: Study, cell: tuple[float, str, int], method: Method, experim
   """The run of a cell: from its file when it is there, else trained (on) and evaluated."""
   budget, variant, seed = cell
   workdir = pathlib.Path(study.workdir) / f"{variant.replace(',', '_')}-{budget:.10g}-{study.accounting}-{seed}"
-  file, wanted = workdir / "isoflop.json", config_dict.to_json(experiment, _name(method))
+  file, wanted = workdir / "isoflop.json", json.loads(config_dict.to_json(experiment, _name(method)))
   if file.is_file():
-    try:
-      saved = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-      raise ConfigError(f"cannot read {file}: {error}; delete it, and the run is evaluated again") from error
-    if saved.pop("config") != json.loads(wanted):
-      raise ConfigError(f"{workdir} holds a run of another config; choose another --workdir, or delete it")
-    return Trained(**saved)
+    return _read_result(file, wanted)
   run = assemble(method, experiment)
   loop.train(run, str(workdir))
   step, params = load_params(run, str(workdir))
@@ -139,7 +133,20 @@ def _trained(study: Study, cell: tuple[float, str, int], method: Method, experim
   found = Trained(
     variant, seed, budget, step, tokens, full.params_non_embedding, full.flops_per_token, full.loss, top_k
   )
-  write_atomically(file, json.dumps({**dataclasses.asdict(found), "config": json.loads(wanted)}, indent=1))
+  write_atomically(file, json.dumps({**dataclasses.asdict(found), "config": wanted}, indent=1))
+  return found
+
+
+def _read_result(file: pathlib.Path, wanted: dict[str, Any]) -> Trained:
+  try:
+    saved = json.loads(file.read_text(encoding="utf-8"))
+    config, found = saved.pop("config"), Trained(**saved)
+  except (AttributeError, KeyError, TypeError, ValueError) as error:
+    raise ConfigError(f"cannot read {file}: {error!r}; delete it, and the run is evaluated again") from error
+  what = "".join(f": {difference}" for difference in config_dict.differences(config, wanted)[:1])
+  require(
+    config == wanted, f"{file.parent} holds a run of another config{what}; choose another --workdir, or delete it"
+  )
   return found
 
 

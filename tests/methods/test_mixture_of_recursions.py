@@ -22,7 +22,8 @@ SETTINGS = {
   "expert": dict(EXPERT, layers=8),
   "expert, shared, additive": dict(EXPERT, kv_cache="shared", router="wide_mlp", gating="additive"),
   "expert, hybrid, chunks": dict(
-    EXPERT, kv_cache="hybrid", sharing="cycle", layers=6, capacity_chunk=4, capacities=(1.0, 0.6, 0.3), gate="tanh"
+    EXPERT, kv_cache="hybrid", sharing="cycle", layers=6, capacity_chunk=4, capacities=(1.0, 0.6, 0.3), gate="tanh",
+    backbone=dict(qk_norm=True, qkv_bias=True),
   ),
   "expert, aux_router": dict(
     EXPERT, sharing="cycle", layers=4, num_recursions=2, capacities=(0.7, 0.5), router="mlp", temperature=2.0,
@@ -49,8 +50,9 @@ SIZE = dict(num_heads=4, d_ff=16, vocab_size=16)
 SMALLEST = dict(num_heads=2, num_kv_heads=1, d_model=8, d_ff=8, ff_groups=1, vocab_size=16)
 
 
-def build(layers=5, size=SIZE, **settings):
-  return mor.build(tiny.model_config(num_layers=layers, **size), mor.Config(**settings))
+def build(layers=5, size=SIZE, backbone=None, **settings):
+  config = tiny.model_config(num_layers=layers, **size, **(backbone or {}))
+  return mor.build(config, mor.Config(**settings))
 
 
 def random_params(model, seed=1):

@@ -137,17 +137,33 @@ def test_a_factor_of_zero_freezes():
   assert np.any(after["router"]["weight"] != before["router"]["weight"])
 
 
-@pytest.mark.parametrize("settings", [
-  dict(kv_cache="hybrid"), dict(TOKEN, capacities=(1.0, 0.5), composition="every"),
+@pytest.mark.parametrize(("settings", "remat"), [
+  (dict(kv_cache="hybrid"), "dots"), (dict(TOKEN, capacities=(1.0, 0.5), composition="every"), "full"),
 ], ids=str)  # fmt: skip
-def test_recomputing_in_the_backward_pass_changes_nothing(settings):
+def test_recomputing_in_the_backward_pass_changes_nothing(settings, remat):
   plain, again = build(**settings), build(**settings, remat_recursions=True)
-  both = build(dataclasses.replace(CONFIG, remat="full"), **settings, remat_recursions=True)
+  both = build(dataclasses.replace(CONFIG, remat=remat), **settings, remat_recursions=True)
   params, batch = tiny.random_params(plain, seed=1), tiny.packed_batch(CONFIG)
   expected, _ = gradient(plain)(params, batch)
   tiny.assert_trees_close(gradient(both)(params, batch)[0], expected, rtol=1e-5)
   program = lambda model: str(jax.make_jaxpr(jax.grad(lambda p: loss(model, p, batch)[0]))(params))
   assert [program(model).count("prevent_cse=") for model in (plain, again)] == [0, 2], "one for each recursion"
+
+
+@pytest.mark.parametrize("settings", [
+  dict(kv_cache="hybrid"), dict(TOKEN, capacities=(1.0, 0.5), kv_cache="shared", composition="every"),
+], ids=str)  # fmt: skip
+def test_parameters_in_bfloat16_take_a_step(settings):
+  """Routers too: their scores are computed in float32 all the same."""
+  model = build(dataclasses.replace(CONFIG, dtype="bfloat16", param_dtype="bfloat16"), **settings)
+  params, batch = tiny.random_params(model, seed=2), tiny.packed_batch(CONFIG)
+  assert {leaf.dtype for leaf in jax.tree.leaves(params)} <= {jnp.dtype("bfloat16"), jnp.dtype("float32")}
+  assert params["layers"]["mlp"]["up"].dtype == jnp.bfloat16
+  (value, _), grads = jax.jit(jax.value_and_grad(functools.partial(loss, model), has_aux=True))(params, batch)
+  exact = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
+  np.testing.assert_allclose(value, jax.jit(functools.partial(loss, build(**settings)))(exact, batch)[0], rtol=0.05)
+  assert jax.tree.map(lambda leaf: leaf.dtype, grads) == jax.tree.map(lambda leaf: leaf.dtype, params)
+  assert all(np.isfinite(np.asarray(leaf, np.float32)).all() for leaf in jax.tree.leaves(grads))
 
 
 @pytest.mark.parametrize("settings", [

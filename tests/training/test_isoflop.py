@@ -93,9 +93,16 @@ def test_finished_runs_are_read_and_another_config_is_refused(study, runs, monke
   changed = tmp_path / "study.py"
   changed.write_text(isoflop.pathlib.Path(study.config).read_text().replace("variant)", "variant, seed=5)", 2))
   changed.write_text(changed.read_text().replace("def get_config(variant, seed=5)", "def get_config(variant)"))
-  changed.write_text(changed.read_text().replace("variant, seed=5)", 'variant, **{"training.log_every": 3})'))
-  with pytest.raises(ConfigError, match="holds a run of another config"):
+  changed.write_text(changed.read_text().replace("variant, seed=5)", 'variant, **{"training.optimizer.b2": 0.9})'))
+  with pytest.raises(ConfigError, match=r"holds a run of another config: training.optimizer.b2: .* -> 0.9; choose"):
     isoflop.compare(Study(str(changed), study.workdir, (BUDGET,), (0,)))
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"config": {}, "loss": 1.0}'])
+def test_a_damaged_result_is_named(tmp_path, text):
+  (tmp_path / "isoflop.json").write_text(text)
+  with pytest.raises(ConfigError, match=r"cannot read .*isoflop.json: .*; delete it"):
+    isoflop._read_result(tmp_path / "isoflop.json", {})
 
 
 def test_results_are_written(study, runs):
