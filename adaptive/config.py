@@ -88,8 +88,9 @@ class ModelConfig:
     qk_norm: RMSNorm on each query and key head (Qwen3). qkv_bias: bias on the three projections (Qwen2).
     dtype, param_dtype: of the computation, and of the stored parameters.
     remat: what the backward pass recomputes: nothing, whole layers, or all but matrix products.
-    scan_unroll: layers in one iteration of the scan over layers; 0 means all of them up to 8, else one. Unrolled
-      layers compile longer and save copies of stacked activations (15 % of a step's time on a CPU).
+    scan_unroll: layers in one iteration of the scan over layers; 0 means all of them up to 8, else one, and one with
+      `remat`. Unrolled layers compile longer and save copies of stacked activations (15 % of a step's time on a CPU),
+      but the compiler computes what they need again early, and holds it as if nothing were recomputed.
     attention: implementation handed to `jax.nn.dot_product_attention`.
     init_std: standard deviation of every matrix at initialisation; residual outputs have it over sqrt(2 num_layers).
   """
@@ -133,10 +134,9 @@ class ModelConfig:
       f"model.d_ff={self.d_ff} is not divisible by model.ff_groups={self.ff_groups}",
     )
 
-  @property
-  def unroll(self) -> int:
-    """Layers in one iteration of the scan over layers."""
-    return self.scan_unroll or (self.num_layers if self.num_layers <= 8 else 1)
+  def unroll(self, layers: int) -> int:
+    """How many of so many layers are in one iteration of the scan over them."""
+    return self.scan_unroll or (layers if 0 < layers <= 8 and self.remat == "none" else 1)
 
   @property
   def head_size(self) -> int:

@@ -118,8 +118,7 @@ def run_layers(
 
   if config.remat != "none":
     layer = jax.checkpoint(layer, policy=REMAT_POLICIES[config.remat], prevent_cse=False)
-  unroll = config.scan_unroll or (number if number <= 8 else 1)
-  return jax.lax.scan(layer, x, (layers, caches), unroll=max(unroll, 1)) if number else (x, caches)
+  return jax.lax.scan(layer, x, (layers, caches), unroll=config.unroll(number)) if number else (x, caches)
 
 
 def run_repeated(

@@ -133,5 +133,6 @@ def test_fields_that_change_nothing_learned_may_differ_on_resume():
 
 
 def test_a_shallow_model_is_unrolled_and_a_deep_one_scanned():
-  assert [ModelConfig(num_layers=n).unroll for n in (3, 8, 9)] == [3, 8, 1]
-  assert ModelConfig(num_layers=3, scan_unroll=2).unroll == 2
+  assert [ModelConfig().unroll(n) for n in (0, 3, 8, 9)] == [1, 3, 8, 1]
+  assert ModelConfig(remat="dots").unroll(3) == 1
+  assert ModelConfig(remat="dots", scan_unroll=2).unroll(3) == 2

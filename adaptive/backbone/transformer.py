@@ -58,7 +58,7 @@ class Transformer(nn.Module):
       split_rngs={"params": True},
       in_axes=(nn.broadcast, 0),
       length=self.stacked,
-      unroll=c.unroll,
+      unroll=c.unroll(self.stacked),
       metadata_params={nn.PARTITION_NAME: "layers"},
     )(c)
     self.final_norm = RMSNorm(c)

@@ -158,6 +158,19 @@ def test_remat_and_unroll_change_neither_loss_nor_gradient(plain_gradient, chang
   assert found_dots > dots or changes == {"remat": "dots"}, "the setting must reach the compiled program"
 
 
+def test_remat_takes_less_memory():
+  """As configs leave it: were the layers unrolled, it would not."""
+  config = tiny.model_config(num_layers=8, scan_unroll=0)
+  batch = tiny.one_document(config, rows=4, length=64)
+
+  def scratch(remat):
+    model = Transformer(dataclasses.replace(config, remat=remat))
+    loss = lambda params: jnp.mean(model.apply({"params": params}, batch) ** 2)
+    return jax.jit(jax.grad(loss)).lower(tiny.random_params(config)).compile().memory_analysis().temp_size_in_bytes
+
+  assert scratch("full") < 0.4 * scratch("none")
+
+
 def test_bfloat16_computes_close_to_float32_and_returns_float32_logits():
   config = tiny.model_config()
   half = dataclasses.replace(config, dtype="bfloat16")
