@@ -75,8 +75,8 @@ class DepthwiseGenerator:
   Args:
     ticker: of the sub-model. vocab_size: only ids below it are sampled. sampling, stop_tokens: as of `Generator`.
     slots: requests under way at a time.
-    finishing: slots that may begin a next token in one tick; about slots / (mean passes of a token) keeps them busy;
-      None is half of them.
+    finishing: slots that may begin a next token in one tick; a little more than slots / (mean passes of a token) keeps
+      them busy; None is two thirds of them.
   """
 
   def __init__(
@@ -88,7 +88,7 @@ class DepthwiseGenerator:
     slots: int = 32,
     finishing: int | None = None,
   ):
-    finishing = -(-slots // 2) if finishing is None else finishing
+    finishing = -(-2 * slots // 3) if finishing is None else finishing
     require(0 < finishing <= slots, f"finishing={finishing} must lie in 1 .. {slots}, the number of slots")
     self._ticker, self._vocab_size, self._sampling = ticker, vocab_size, sampling or Sampling()
     self._stop_tokens, self._slots, self._finishing = tuple(stop_tokens), slots, finishing
