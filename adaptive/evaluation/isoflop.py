@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from adaptive.evaluation.plots import COLOURS, DPI, INK
 from adaptive.evaluation.results import compact
@@ -86,11 +87,21 @@ def plot_png(runs: Sequence[Trained], path: str | pathlib.Path) -> None:
       errors = np.abs(losses[1:] - losses[:1])
       line = "" if axis is left else "-"
       axis.errorbar(x, losses[0], errors, fmt=f"o{line}", color=colour, ms=5, capsize=3, lw=1.2, label=variant)
+  for budget in dict.fromkeys(budget for budget, _, _ in groups):
+    point = max((g[2][0].params, np.mean([r.loss for r in g[2]])) for g in groups if g[0] == budget)
+    left.annotate(compact(budget, "FLOP"), point, (-8, -3), textcoords="offset points", ha="right", fontsize=8)
   left.set_xlabel("Unique parameters without the embedding")
   left.set_ylabel("Held-out loss, causal (nats per token)")
   right.set_xlabel("Training FLOPs")
-  for axis in (left, right):
+  for axis, places in ((left, {g[2][0].params for g in groups}), (right, {g[0] for g in groups})):
     axis.set_xscale("log")
+    ticks = []
+    for place in sorted(places):
+      if not ticks or place > 1.04 * ticks[-1]:  # else their labels would lie upon each other
+        ticks.append(place)
+    axis.xaxis.set_major_locator(FixedLocator(ticks))
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: compact(value)))
     axis.grid(alpha=0.25)
   right.legend(fontsize=8, frameon=False)
   figure.suptitle("Equal training FLOPs: mean and range over seeds", fontsize=11, color=INK)
