@@ -19,7 +19,7 @@ from adaptive.methods.contract import Decoder, Metrics, Params
 from adaptive.methods.depth.mixture_of_recursions import causal
 from adaptive.methods.depth.mixture_of_recursions.causal import Rule
 
-_EMPTY = jnp.iinfo(jnp.int32).max  # a position that no query has reached
+EMPTY = jnp.iinfo(jnp.int32).max  # a position that no query has reached
 
 
 class Cache(NamedTuple):
@@ -66,7 +66,7 @@ def empty_cache(model: nn.Module, rule: Rule, batch_size: int, slots: int) -> Ca
     before=layers(ends, slots),
     after=layers(ends, slots),
     block=tuple(layers(model.sharing.block_size, room) for room in rooms),
-    index=tuple(jnp.full((batch_size, room), _EMPTY, jnp.int32) for room in rooms) if alone else (),
+    index=tuple(jnp.full((batch_size, room), EMPTY, jnp.int32) for room in rooms) if alone else (),
     counts=jnp.zeros((model.method.num_recursions, batch_size), jnp.int32),
   )
 
