@@ -9,7 +9,7 @@ from absl import flags
 from adaptive import cli
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run that train.py made.")
-_PROMPT = flags.DEFINE_multi_string("prompt", [], "Beginning of a document; given several times, a batch.")
+_PROMPT = flags.DEFINE_multi_string("prompt", [], "Beginning of a document; given several times, a batch")
 _SUBMODEL = flags.DEFINE_string("submodel", None, "Name of a sub-model, as eval.py lists them; the full by default.")
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint to use; the newest by default.")
 _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 100, "A continuation ends after so many tokens.")
@@ -19,7 +19,10 @@ _TOP_K = flags.DEFINE_integer("top_k", 0, "Sample among the k likeliest tokens; 
 _TOP_P = flags.DEFINE_float("top_p", 1.0, "Sample among the likeliest tokens that reach this probability.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of the sampling.")
 _SLOTS = flags.DEFINE_integer(
-  "slots", 0, "Depth-wise batching of Mixture-of-Recursions: prompts under way at a time, each token at its own depth."
+  "slots",
+  0,
+  "Depth-wise batching of Mixture-of-Recursions: prompts under way at a time, each token at its own depth; --stop then "
+  "shortens what is shown, not the work.",
 )
 _STOP = flags.DEFINE_string("stop", "", "A continuation ends before this text.")
 

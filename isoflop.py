@@ -11,7 +11,7 @@ _CONFIG = flags.DEFINE_string("study", None, "File with VARIANTS and get_config(
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the runs and the results.")
 _BUDGETS = flags.DEFINE_list("budgets", None, "Training FLOPs, such as 3e12,8e12.")
 _SEEDS = flags.DEFINE_list("seeds", ["0", "1"], "Seeds of every variant.")
-_VARIANTS = flags.DEFINE_multi_string("variant", [], "Only this variant of the file; may be given several times.")
+_VARIANTS = flags.DEFINE_multi_string("variant", [], "Only this variant of the file; may be given several times")
 _ACCOUNTING = flags.DEFINE_enum(
   "accounting", "update", ["update", "paper"], "Forward and backward pass with the head, or forward without it."
 )

@@ -116,9 +116,10 @@ def run_layers(
     weights, cache = weights_and_cache
     return block.apply({"params": weights}, x, context, cache)
 
-  if config.remat != "none":
-    layer = jax.checkpoint(layer, policy=REMAT_POLICIES[config.remat], prevent_cse=False)
-  return jax.lax.scan(layer, x, (layers, caches), unroll=config.unroll(number)) if number else (x, caches)
+  unroll = config.unroll(number)
+  if config.remat != "none":  # outside of a loop, which one iteration is not, XLA could merge what is computed twice
+    layer = jax.checkpoint(layer, policy=REMAT_POLICIES[config.remat], prevent_cse=unroll >= number)
+  return jax.lax.scan(layer, x, (layers, caches), unroll=unroll) if number else (x, caches)
 
 
 def run_repeated(

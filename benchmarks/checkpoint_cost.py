@@ -23,7 +23,7 @@ from adaptive.training.step import compile_step
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser()
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--config", default="configs/sorted_net_demo.py")
   parser.add_argument("--window", type=int, default=100, help="steps per save")
   parser.add_argument("--pairs", type=int, default=6)

@@ -26,13 +26,13 @@ _ALWAYS = 1e6  # added to its scores, lets every token pass a recursion
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser()
-  parser.add_argument("--workdir", required=True)
-  parser.add_argument("--slots", default="8,16,32,64")
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("--workdir", required=True, help="run of a Mixture-of-Recursions")
+  parser.add_argument("--slots", default="8,16,32,64", help="requests under way at a time, several numbers")
   parser.add_argument("--waves", type=int, default=6, help="requests for each slot")
   parser.add_argument("--prompt", type=int, default=32, help="tokens")
   parser.add_argument("--new", type=int, default=64, help="tokens")
-  parser.add_argument("--rounds", type=int, default=3)
+  parser.add_argument("--rounds", type=int, default=3, help="turns of each system that count")
   a = parser.parse_args()
   for number, slots in enumerate(map(int, a.slots.split(","))):
     compare(a, slots, header=number == 0)

@@ -41,7 +41,7 @@ def made(name: str, settings: dict):
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser()
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--rounds", type=int, default=15)
   rounds = parser.parse_args().rounds
   tokens = np.random.default_rng(0).integers(0, MODEL.vocab_size, (2, ROWS, LENGTH), np.int32)

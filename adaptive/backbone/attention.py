@@ -24,19 +24,16 @@ class Context(NamedTuple):
 
   Attributes:
     sin, cos: rotary table, float32 [b, t, h / 2].
-    mask: which keys a query may see, bool [b, 1, t, s]; None means plain causal. With `rows`, by row of the cache.
+    mask: which keys a query may see, bool [b, 1, t, s]; None means plain causal.
     slots: where in the key/value cache this call's keys and values go: the slot of the first token, int32 [], the
       others follow; or each token's own, int32 [b, t], where a slot past the end stores nothing. None with a cache:
       keys and values are there already, and no new ones are computed.
-    rows: the row of the cache that each row of queries belongs to, int32 [b], each at most once; past the end is none,
-      and its results mean nothing. None: row i of the cache is row i's.
   """
 
   sin: jax.Array
   cos: jax.Array
   mask: jax.Array | None = None
   slots: jax.Array | None = None
-  rows: jax.Array | None = None
 
 
 class LayerCache(NamedTuple):
@@ -101,10 +98,8 @@ def row_slots(index: jax.Array, counts: jax.Array, length: int, slots: int) -> j
   return jnp.where(offset < counts[:, None], index[:, None] + offset, slots)
 
 
-def write(cache: LayerCache, new: LayerCache, slots: jax.Array, rows: jax.Array | None = None) -> LayerCache:
-  """The cache with new keys and values [b, t, k, h] in it; `slots` and `rows` as in `Context`."""
-  if rows is not None:
-    return jax.tree.map(lambda old, x: old.at[rows[:, None], :, slots].set(x, mode="drop"), cache, new)
+def write(cache: LayerCache, new: LayerCache, slots: jax.Array) -> LayerCache:
+  """The cache with new keys and values [b, t, k, h] in it; `slots` as in `Context`."""
   new = jax.tree.map(lambda x: jnp.swapaxes(x, 1, 2), new)
   if slots.ndim == 0:
     return jax.tree.map(lambda old, x: jax.lax.dynamic_update_slice(old, x, (0, 0, slots, 0)), cache, new)
@@ -128,14 +123,6 @@ def attend_cache(query: jax.Array, cache: LayerCache, mask: jax.Array) -> jax.Ar
   return jnp.moveaxis(attended.astype(query.dtype), 3, 1).reshape(query.shape)
 
 
-def attend_rows(query: jax.Array, cache: LayerCache, mask: jax.Array, rows: jax.Array | None) -> jax.Array:
-  """`attend_cache` for some rows of the cache. None is copied out: all take part, others with queries of 0."""
-  if rows is None:
-    return attend_cache(query, cache, mask)
-  every = jnp.zeros((cache.key.shape[0], *query.shape[1:]), query.dtype).at[rows].set(query, mode="drop")
-  return attend_cache(every, cache, mask)[rows]
-
-
 class Attention(nn.Module):
   """Causal grouped-query attention (Ainslie et al. 2023), [b, t, d] -> [b, t, d]."""
 
@@ -149,8 +136,8 @@ class Attention(nn.Module):
       attended = self._attend(query, *self._key_value(x, context), context.mask)
     else:
       if context.slots is not None:
-        cache = write(cache, LayerCache(*self._key_value(x, context)), context.slots, context.rows)
-      attended = attend_rows(query, cache, context.mask, context.rows)
+        cache = write(cache, LayerCache(*self._key_value(x, context)), context.slots)
+      attended = self._attend_cache(query, cache, context.mask)
     c = self.config
     shape = (c.num_kv_heads, c.q_per_kv, c.head_size, c.d_model)
     out = param(self, "out", residual_init(c), shape, ("kv_heads", "q_per_kv", "head_dim", "embed"))
@@ -182,6 +169,12 @@ class Attention(nn.Module):
     if c.qk_norm:
       key = RMSNorm(c, "head_dim", name="key_norm")(key)
     return apply_rope(key, context.sin, context.cos), value
+
+  def _attend_cache(self, query: jax.Array, cache: LayerCache, mask: jax.Array) -> jax.Array:
+    if self.config.attention == "xla" or query.shape[1] == 1:
+      return attend_cache(query, cache, mask)
+    key, value = jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 1, 2), cache)
+    return self._attend(query, key, value, mask)
 
   def _attend(self, query, key, value, mask) -> jax.Array:
     """softmax(q k / sqrt(h)) v, [b, t, k * g, h]. The scale is the head size's, which no sub-model changes."""

@@ -22,9 +22,10 @@ class Cache(NamedTuple):
   lengths: jax.Array
 
 
-def unstack(layers: Params) -> tuple[Params, ...]:
-  """Stacked layers [l, ...] -> l trees."""
-  return tuple(jax.tree.map(lambda leaf, i=i: leaf[i], layers) for i in range(jax.tree.leaves(layers)[0].shape[0]))
+def unstack(layers: Params, dtype: str) -> tuple[Params, ...]:
+  """Stacked layers [l, ...] -> l trees, in another dtype; layer by layer, so that no third copy of all is made."""
+  cut = lambda i: jax.tree.map(lambda leaf: leaf[i].astype(dtype), layers)
+  return tuple(cut(i) for i in range(jax.tree.leaves(layers)[0].shape[0]))
 
 
 def empty_layer(config: ModelConfig, batch_size: int, slots: int) -> LayerCache:
@@ -65,7 +66,8 @@ def dense(config: ModelConfig, params: Params, path: Sequence[int] = ()) -> tupl
     path: which of the layers run, in order; all of them unless given. One that runs twice has two caches.
   """
   model = Transformer(config)
-  params = jax.tree.map(lambda x: x.astype(config.dtype), {**params, "layers": unstack(params["layers"])})
+  layers, rest = unstack(params["layers"], config.dtype), {k: v for k, v in params.items() if k != "layers"}
+  params = {**jax.tree.map(lambda x: x.astype(config.dtype), rest), "layers": layers}
   path = tuple(path) or range(len(params["layers"]))
 
   def empty_cache(batch_size: int, slots: int) -> Cache:

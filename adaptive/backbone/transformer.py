@@ -50,7 +50,9 @@ class Transformer(nn.Module):
 
   def setup(self):
     c = self.config
-    block = Block if c.remat == "none" else nn.remat(Block, prevent_cse=False, policy=REMAT_POLICIES[c.remat])
+    one_iteration = c.unroll(self.stacked) >= self.stacked  # is no loop, so XLA could merge what is computed twice
+    remat = nn.remat(Block, prevent_cse=one_iteration, policy=REMAT_POLICIES.get(c.remat))
+    block = Block if c.remat == "none" else remat
     self.embedding = Embedding(c)
     self.layers = nn.scan(
       block,

@@ -92,8 +92,11 @@ class DepthwiseGenerator:
     require(0 < finishing <= slots, f"finishing={finishing} must lie in 1 .. {slots}, the number of slots")
     self._ticker, self._vocab_size, self._sampling = ticker, vocab_size, sampling or Sampling()
     self._stop_tokens, self._slots, self._finishing = tuple(stop_tokens), slots, finishing
-    self._admit = jax.jit(self._admitted, donate_argnums=1)
-    self._tick = jax.jit(self._ticked, donate_argnums=1)
+    # One place for the state, so that no program is compiled a second time for what another has made.
+    place = jax.tree.leaves(ticker.params)[0].sharding
+    self._place = sharding.replicated(place.mesh) if isinstance(place, jax.sharding.NamedSharding) else place
+    self._admit = jax.jit(self._admitted, donate_argnums=1, out_shardings=(self._place, None))
+    self._tick = jax.jit(self._ticked, donate_argnums=1, out_shardings=(self._place, None))
     self._compiled: set[tuple[int, int]] = set()
 
   def __call__(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, seed: int = 0) -> Result:
@@ -147,10 +150,7 @@ class DepthwiseGenerator:
   def _empty(self, room: int) -> _State:
     zeros = lambda: jnp.zeros((self._slots,), jnp.int32)  # each its own buffer, to be donated
     state = _State(self._ticker.empty(self._slots, room), zeros(), zeros(), zeros())
-    # Where programs put it, so that none of them is compiled a second time for what another has made.
-    place = jax.tree.leaves(self._ticker.params)[0].sharding
-    place = sharding.replicated(place.mesh) if isinstance(place, jax.sharding.NamedSharding) else place
-    return jax.device_put(state, place)
+    return jax.device_put(state, self._place)
 
   def _compile(self, state: _State, length: int, most: int) -> None:
     """Compiles both programs on a state of nothing, so that no request pays for it."""

@@ -45,7 +45,8 @@ def complete(workdir: str, request: Request) -> None:
   """Prints every prompt with its continuation, that of a single prompt as it comes, and on stderr how fast that was.
 
   Raises:
-    ConfigError: anything that cannot work; all but a missing checkpoint is found before parameters are read.
+    ConfigError: anything that cannot work; all but a missing checkpoint, and slots for a method without them, is found
+      before parameters are read.
   """
   require(jax.process_count() == 1, "generate.py runs in one process")
   require(request.slots >= 0, f"slots={request.slots} must be at least 1, or 0 for none")
@@ -66,10 +67,14 @@ def complete(workdir: str, request: Request) -> None:
   if request.slots:
     ticker = plan.method.ticker(plan.model, params, submodel)
     require(ticker is not None, "every token of this run's method takes the same path: leave out --slots")
-    generator = depthwise.DepthwiseGenerator(ticker, slots=request.slots, **sampled)
+    del params  # the ticker has its own, and so has a decoder
+    slots = min(request.slots, len(prompts))
+    generator = depthwise.DepthwiseGenerator(ticker, slots=slots, **sampled)
     summary = _through_slots(generator, request, prompts, texts)
   else:
-    generator = Generator(plan.method.decoder(plan.model, params, submodel), **sampled, max_len=max_len, mesh=plan.mesh)
+    decoder = plan.method.decoder(plan.model, params, submodel)
+    del params
+    generator = Generator(decoder, **sampled, max_len=max_len, mesh=plan.mesh)
     summary = _summary((_stream if len(prompts) == 1 else _print_all)(generator, request, prompts, texts))
   print(summary, file=sys.stderr)
 
@@ -125,7 +130,7 @@ def _through_slots(
     print(f"--- {number}\n{prompt}{''.join(map(text.feed, tokens))}{text.end()}")
   return (
     f"{sum(map(len, result.tokens))} tokens of {len(prompts)} prompts, {result.tokens_per_second:.1f} tokens/s with "
-    f"prompts; {result.ticks} ticks with {result.occupancy:.0%} of {request.slots} slots at work"
+    f"prompts; {result.ticks} ticks with {result.occupancy:.0%} of the slots at work"
   )
 
 

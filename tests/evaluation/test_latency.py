@@ -72,3 +72,5 @@ def test_the_timed_program_is_the_model():
   longer = jax.tree.map(lambda x: jax.numpy.pad(x, ((0, 0), (0, 0), (0, 1), (0, 0))), cache.layers)
   logits, _ = step._compiled(params, tokens[:, 8:], one, decoding.Cache(longer, cache.lengths))
   np.testing.assert_allclose(logits, expected[:, 8], atol=1e-5)
+  step(2, record=True)
+  assert step._cache.lengths.tolist() == [9], "every call is that of the same token"

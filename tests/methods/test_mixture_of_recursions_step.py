@@ -137,6 +137,22 @@ def test_a_factor_of_zero_freezes():
   assert np.any(after["router"]["weight"] != before["router"]["weight"])
 
 
+@pytest.mark.parametrize("kv_cache", ["recursion_wise", "shared", "hybrid"])
+def test_the_configured_attention_runs_in_every_recursion(monkeypatch, kv_cache):
+  asked, plain = [], jax.nn.dot_product_attention
+
+  def attention(*args, implementation, **kwargs):
+    asked.append(implementation)
+    return plain(*args, implementation="xla", **kwargs)
+
+  monkeypatch.setattr(jax.nn, "dot_product_attention", attention)
+  model = build(dataclasses.replace(CONFIG, attention="cudnn"), kv_cache=kv_cache)
+  params = tiny.random_params(model)
+  asked.clear()
+  jax.eval_shape(functools.partial(loss, model), params, tiny.packed_batch(CONFIG))
+  assert asked == ["cudnn", "cudnn"]
+
+
 @pytest.mark.parametrize(("settings", "remat"), [
   (dict(kv_cache="hybrid"), "dots"), (dict(TOKEN, capacities=(1.0, 0.5), composition="every"), "full"),
 ], ids=str)  # fmt: skip

@@ -86,13 +86,11 @@ def params_of(model: nn.Module, params: Params) -> Params:
 
   A step reads every parameter and does little else, so they come in the dtype that computes; routers stay float32.
   """
-  layers = tuple(decoding.unstack(part) for part in recursion.split(model.sharing, params["layers"]))
-  cast = lambda name, part: part if name in ("router", "aux_router") else jax.tree.map(_in(model.config.dtype), part)
-  return {name: cast(name, part) for name, part in {**params, "layers": layers}.items()}
-
-
-def _in(dtype: str):
-  return lambda leaf: leaf.astype(dtype)
+  dtype = model.config.dtype
+  layers = tuple(decoding.unstack(part, dtype) for part in recursion.split(model.sharing, params["layers"]))
+  as_they_are = {name: part for name, part in params.items() if name in ("router", "aux_router")}
+  rest = {name: part for name, part in params.items() if name not in ("router", "aux_router", "layers")}
+  return {**jax.tree.map(lambda leaf: leaf.astype(dtype), rest), **as_they_are, "layers": layers}
 
 
 class _Position(NamedTuple):

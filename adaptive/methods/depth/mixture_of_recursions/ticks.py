@@ -32,10 +32,8 @@ class Slots(NamedTuple):
     weight: gate of that recursion, float32 [b].
     lengths: tokens, the one under way included, int32 [b].
     before, after: keys and values of each layer around the loop, [b, k, s, h].
-    block: of each layer of the shared block, [b, k, r * s, h], each recursion's in a part of its own; with shared keys
-      [b, k, s, h]. A tick then reads and writes them where they lie; to choose a recursion's part would be to copy it.
-    index: position of each of the keys in `block`, int32 [b, r * s]; with shared keys [b, 0].
-    counts: tokens that passed each recursion, int32 [r, b].
+    block: of each layer of the shared block, [r, b, k, s, h], with r = 1 when recursions share them.
+    index: position of the token in each slot of `block`, int32 [r, b, s]. counts: tokens that passed, int32 [r, b].
   """
 
   x: jax.Array
@@ -47,6 +45,10 @@ class Slots(NamedTuple):
   block: tuple[LayerCache, ...]
   index: jax.Array
   counts: jax.Array
+
+  @property
+  def room(self) -> int:
+    return self.block[0].key.shape[3]
 
 
 def ticker(model: nn.Module, params: Params, rule: Rule) -> Ticker:
@@ -71,7 +73,7 @@ def ticker(model: nn.Module, params: Params, rule: Rule) -> Ticker:
 def _empty(model: nn.Module, slots: int, room: int) -> Slots:
   everything = Rule(model.method.num_recursions)  # room for any rule
   cache = decode.empty_cache(model, everything, slots, room)
-  parts = _parts(model)
+  index = jnp.stack(cache.index) if cache.index else jnp.zeros((0, slots, room), jnp.int32)
   return Slots(
     x=jnp.zeros((slots, model.config.d_model), model.config.dtype),
     which=jnp.full((slots,), IDLE, jnp.int32),
@@ -79,42 +81,61 @@ def _empty(model: nn.Module, slots: int, room: int) -> Slots:
     lengths=cache.lengths,
     before=cache.before,
     after=cache.after,
-    block=tuple(decoding.empty_layer(model.config, slots, parts * room) for _ in range(model.sharing.block_size)),
-    index=jnp.full((slots, parts * room if parts > 1 else 0), decode.EMPTY, jnp.int32),
+    block=_by_layer(cache),
+    index=index,
     counts=cache.counts,
   )
 
 
-def _parts(model: nn.Module) -> int:
-  """Recursions that have keys of their own."""
-  return model.method.num_recursions if model.method.kv_cache == "recursion_wise" else 1
-
-
-def _room(model: nn.Module, slots: Slots) -> int:
-  """Tokens that a slot has room for."""
-  return slots.block[0].key.shape[2] // _parts(model)
+def _by_layer(cache: decode.Cache) -> tuple[LayerCache, ...]:
+  """The block's caches by layer, with the recursions stacked."""
+  return jax.tree.map(lambda *parts: jnp.stack(parts), *cache.block)
 
 
 def _advance(model: nn.Module, rule: Rule, params: Params, slots: Slots) -> Slots:
   """The next pass of every slot that is under way, and what it decides after that."""
-  number, rows, room = model.method.num_recursions, jnp.arange(slots.x.shape[0]), _room(model, slots)
+  number, rows = model.method.num_recursions, jnp.arange(slots.x.shape[0])
   active = (slots.which >= 0) & (slots.which < number)
-  which, position = jnp.clip(slots.which, 0, number - 1), slots.lengths - 1
-  places, index = jnp.arange(_parts(model) * room)[None], slots.index
-  if _parts(model) > 1:
-    target = jnp.where(active, which * room + slots.counts[which, rows], places.size)
-    index = index.at[rows, target].set(position, mode="drop")
-    seen = (index <= position[:, None]) & (places // room == which[:, None])
-  else:  # every recursion reads the keys of the first, which alone stores its token's
-    target = jnp.where(active & (which == 0), position, places.size)
-    seen = places <= position[:, None]
-  x, block = _run(model, params["layers"][1], slots.x, position, seen, target, slots.block)
+  which = jnp.clip(slots.which, 0, number - 1)
+  if model.method.kv_cache == "shared":
+    x, block, index = *_with_first_keys(model, params, slots, active & (which == 0)), slots.index
+  else:
+    x, block, index = _with_own_keys(model, params, slots, which, active)
   if model.method.gating == "weighted":
     x = (slots.weight[:, None] * x).astype(x.dtype)
   x = jnp.where(active[:, None], slots.x + x, slots.x)
   counts = slots.counts.at[which, rows].add(active.astype(jnp.int32))
   slots = slots._replace(x=x, which=slots.which + active, block=block, index=index, counts=counts)
   return _decide(model, rule, params, slots)
+
+
+def _with_first_keys(model: nn.Module, params: Params, slots: Slots, first: jax.Array):
+  """The block where every recursion reads the keys of the first, which stores its tokens', in place."""
+  position = slots.lengths - 1
+  target, seen = jnp.where(first, position, slots.room), jnp.arange(slots.room)[None] <= position[:, None]
+  own = jax.tree.map(lambda leaf: leaf[0], slots.block)
+  x, own = _run(model, params["layers"][1], slots.x, position, seen, target, own)
+  return x, jax.tree.map(lambda leaf: leaf[None], own)
+
+
+def _with_own_keys(model: nn.Module, params: Params, slots: Slots, which: jax.Array, active: jax.Array):
+  """The block with the keys of each slot's own recursion, to which its token's are added."""
+  rows, position = jnp.arange(len(which)), slots.lengths - 1
+  target = jnp.where(active, slots.counts[which, rows], slots.room)
+  index = slots.index.at[which, rows, target].set(position, mode="drop")
+  seen = index[which, rows] <= position[:, None]
+  own = jax.tree.map(lambda leaf: _select(leaf, which), slots.block)
+  x, own = _run(model, params["layers"][1], slots.x, position, seen, target, own)
+  put = lambda leaf, new: leaf.at[which, rows, :, target].set(_entry(new, target), mode="drop")
+  return x, jax.tree.map(put, slots.block, own), index
+
+
+def _select(leaf: jax.Array, which: jax.Array) -> jax.Array:
+  """leaf[which[b], b] of [r, b, ...]; quicker so than by a gather, which a CPU does element by element."""
+  chosen = leaf[0]
+  for each in range(1, leaf.shape[0]):
+    chosen = jnp.where(jnp.reshape(which == each, (-1, *[1] * (chosen.ndim - 1))), leaf[each], chosen)
+  return chosen
 
 
 def _decide(model: nn.Module, rule: Rule, params: Params, slots: Slots) -> Slots:
@@ -137,19 +158,18 @@ def _finish(model: nn.Module, params: Params, slots: Slots, chosen: jax.Array) -
 
   Of those that are not ready they mean nothing; the keys that they leave are written over when they are.
   """
-  room, position = _room(model, slots), slots.lengths - 1
-  seen, position = jnp.arange(room)[None] <= position[:, None], position[chosen]
-  target = jnp.where(position < 0, room, position)  # of a slot that never held a request
-  x, after = _run(model, params["layers"][2], slots.x[chosen], position, seen, target, slots.after, chosen)
+  position = slots.lengths[chosen] - 1
+  target = jnp.where(position < 0, slots.room, position)  # of a slot that never held a request
+  x, after = _around(model, params["layers"][2], slots.x[chosen], position, slots.after, chosen, target)
   return model.apply({"params": params}, x[:, None], method="head")[:, 0], slots._replace(after=after)
 
 
 def _feed(model: nn.Module, rule: Rule, params: Params, slots: Slots, chosen, tokens, valid) -> Slots:
   """Begins the next token [c] of the chosen slots, where valid [c]."""
-  seen = jnp.arange(_room(model, slots))[None] <= slots.lengths[:, None]
+  position = slots.lengths[chosen]
   x = model.apply({"params": params}, tokens[:, None], method=lambda m, t: m.embedding.encode(t))[:, 0]
-  position, begins = slots.lengths[chosen], jnp.where(valid, chosen, slots.which.shape[0])
-  x, before = _run(model, params["layers"][0], x, position, seen, position, slots.before, begins)
+  target, begins = jnp.where(valid, position, slots.room), jnp.where(valid, chosen, slots.which.shape[0])
+  x, before = _around(model, params["layers"][0], x, position, slots.before, chosen, target)
   begun = slots._replace(
     x=slots.x.at[begins].set(x, mode="drop"),
     which=slots.which.at[begins].set(0, mode="drop"),
@@ -175,44 +195,49 @@ def _prefill(model: nn.Module, rule: Rule, params: Params, slots: Slots, chosen,
   Returns:
     Logits [c, v] of what follows, and the slots.
   """
-  (number, length), room = tokens.shape, _room(model, slots)
-  cache = decode.empty_cache(model, Rule(model.method.num_recursions), number, length)  # not the slots' whole room
+  rows, length = tokens.shape
+  cache = decode.empty_cache(model, Rule(model.method.num_recursions), rows, length)  # not the slots' whole room
   logits, cache, _ = decode.step_of(model, rule, params, tokens, counts, cache)
   target = jnp.where(counts > 0, chosen, slots.which.shape[0])
-
-  def fill(old: tuple[LayerCache, ...], new: tuple[LayerCache, ...], start: int = 0) -> tuple[LayerCache, ...]:
-    # Behind the prompt lie keys of the slot's last request, which no query sees: their positions are later, or none.
-    return jax.tree.map(lambda x, y: x.at[target, :, start : start + length].set(y, mode="drop"), old, new)
-
-  block, index = slots.block, slots.index
-  for part, new in enumerate(cache.block):
-    block = fill(block, new, part * room)
+  # Behind the prompt lie keys of the slot's last request. No query sees them: positions there are later, or empty.
+  fill = lambda leaf, new: leaf.at[target, :, :length].set(new, mode="drop")
+  fill_each = lambda leaf, new: leaf.at[:, target, :, :length].set(new, mode="drop")
+  index = slots.index
   if cache.index:
-    rows = [jnp.pad(row, ((0, 0), (0, room - length)), constant_values=decode.EMPTY) for row in cache.index]
-    index = index.at[target].set(jnp.concatenate(rows, axis=1), mode="drop")
+    positions = jnp.pad(
+      jnp.stack(cache.index), ((0, 0), (0, 0), (0, slots.room - length)), constant_values=decode.EMPTY
+    )
+    index = index.at[:, target].set(positions, mode="drop")
   return logits, slots._replace(
     which=slots.which.at[target].set(IDLE, mode="drop"),
     lengths=slots.lengths.at[target].set(cache.lengths, mode="drop"),
-    before=fill(slots.before, cache.before),
-    after=fill(slots.after, cache.after),
-    block=block,
+    before=jax.tree.map(fill, slots.before, cache.before),
+    after=jax.tree.map(fill, slots.after, cache.after),
+    block=jax.tree.map(fill_each, slots.block, _by_layer(cache)),
     index=index,
     counts=slots.counts.at[:, target].set(cache.counts, mode="drop"),
   )
 
 
-def _run(
-  model: nn.Module,
-  layers: tuple[Params, ...],
-  x: jax.Array,
-  position: jax.Array,
-  seen: jax.Array,
-  target: jax.Array,
-  caches: tuple[LayerCache, ...],
-  rows: jax.Array | None = None,
-) -> tuple[jax.Array, tuple[LayerCache, ...]]:
-  """Layers on one token of some slots, [c, d], whose keys and values go to place `target` [c]; `seen` is [b, s]."""
+def _around(model: nn.Module, layers: tuple[Params, ...], x, position, caches: tuple[LayerCache, ...], chosen, target):
+  """Layers around the loop for the chosen slots, whose caches grow by a token."""
+  if not layers:
+    return x, caches
+  own = jax.tree.map(lambda leaf: leaf[chosen], caches)
+  seen = jnp.arange(own[0].key.shape[2])[None] <= position[:, None]
+  x, own = _run(model, layers, x, position, seen, target, own)
+  put = lambda leaf, new: leaf.at[chosen, :, target].set(_entry(new, target), mode="drop")
+  return x, jax.tree.map(put, caches, own)
+
+
+def _run(model: nn.Module, layers: tuple[Params, ...], x, position, seen, target, own: tuple[LayerCache, ...]):
+  """Layers on one token of each row, [b, d], whose keys and values go to slot `target`."""
   table = rope_table(model.config, position[:, None])
-  context = Context(*table, seen[:, None, None], target[:, None], rows)
-  x, caches = decoding.run_layers(model.config, layers, x[:, None], context, caches)
-  return x[:, 0], caches
+  context = Context(*table, seen[:, None, None], target[:, None])
+  x, own = decoding.run_layers(model.config, layers, x[:, None], context, own)
+  return x[:, 0], own
+
+
+def _entry(leaf: jax.Array, target: jax.Array) -> jax.Array:
+  """What slot `target` [b] of each row holds, [b, k, h]."""
+  return leaf[jnp.arange(leaf.shape[0]), :, jnp.clip(target, 0, leaf.shape[2] - 1)]
