@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import tiny
 
+from adaptive import sharding
 from adaptive.config import ConfigError
 from adaptive.generation.depthwise import DepthwiseGenerator
 from adaptive.generation.loop import Generator
@@ -40,6 +41,16 @@ def test_requests_get_what_they_get_alone(settings, which, temperature):
   assert found.tokens == plain.tokens
   assert max(map(len, found.tokens)) == MOST
   assert 0 < found.occupancy <= 1
+
+
+def test_on_a_mesh_programs_are_compiled_once_and_say_the_same():
+  (model, params), mesh = made(), tiny.mesh(data=2, fsdp=2, tensor=2)
+  submodel, greedy = MOR.submodels(model)[-1], Sampling(temperature=0.0)
+  expected = Generator(MOR.decoder(model, params, submodel), 32, greedy)(PROMPTS, MOST).tokens
+  spread = jax.device_put(params, sharding.state_shardings(tiny.shapes(model), mesh))
+  deep = DepthwiseGenerator(MOR.ticker(model, spread, submodel), 32, greedy, slots=3)
+  assert [deep(PROMPTS, MOST).tokens for _ in range(2)] == [expected] * 2
+  assert (deep._admit._cache_size(), deep._tick._cache_size()) == (2, 1), "prompts one by one or by four"
 
 
 def test_a_shallow_token_does_not_wait_for_a_deep_one():
