@@ -63,8 +63,8 @@ def random_params(model, seed=1):
   return params
 
 
-def batch_of(model):
-  return tiny.packed_batch(model.config, rows=2, length=12)
+def batch_of(model, rows=2):
+  return tiny.packed_batch(model.config, rows=rows, length=12)
 
 
 def weights_of(model, batch):
@@ -78,7 +78,7 @@ def weights_of(model, batch):
 def trained(name, smallest=False):
   """(logits, router losses, gradients) of the method, what it chose, and the arguments."""
   model = build(size=SMALLEST if smallest else SIZE, **SETTINGS[name])
-  params, batch, chosen = random_params(model), batch_of(model), []
+  params, batch, chosen = random_params(model), batch_of(model, rows=1 if smallest else 2), []
   weights = weights_of(model, batch)
 
   def total(params):
