@@ -84,11 +84,8 @@ def segment_mask(segment_ids: jax.Array) -> jax.Array:
 
 
 def cache_mask(index: jax.Array, length: int, slots: int) -> jax.Array:
-  """Mask of `length` queries written from slot `index` on, over a cache of `slots`.
-
-  `index` is the same for all rows, int32 [], or each row's own, int32 [b]; bool [1 or b, 1, length, slots].
-  """
-  query = jnp.reshape(index, (-1, 1, 1, 1)) + jnp.arange(length)[None, None, :, None]
+  """Mask of `length` queries written from each row's slot index [b] on, over `slots`: bool [b, 1, length, slots]."""
+  query = index[:, None, None, None] + jnp.arange(length)[None, None, :, None]
   return jnp.arange(slots)[None, None, None] <= query
 
 
@@ -109,10 +106,10 @@ def write(cache: LayerCache, new: LayerCache, slots: jax.Array) -> LayerCache:
 
 
 def attend_cache(query: jax.Array, cache: LayerCache, mask: jax.Array) -> jax.Array:
-  """softmax(q k / sqrt(h)) v over a cache, [b, t, k * g, h]; the mask is [1 or b, 1, t, s].
+  """softmax(q k / sqrt(h)) v over a cache, [b, t, k * g, h]; the mask is [b, 1, t, s].
 
-  The queries of a key head are the rows of one product per head and row, which takes half the time of
-  `jax.nn.dot_product_attention` for a single token on a CPU.
+  The queries of a key head are the rows of one product per head and row. For a single token on a CPU
+  `jax.nn.dot_product_attention` becomes slower ones.
   """
   (b, t, _, h), (k, s) = query.shape, cache.key.shape[1:3]
   rows = jnp.moveaxis(query.reshape(b, t, k, -1, h), 1, 3)  # b k g t h

@@ -1,7 +1,7 @@
 """Layers as generation runs them: rows of different lengths, a few tokens of each at a time.
 
 Each layer has parameters and a cache of its own here. Stacked ones are shorter to compile, but a step would then copy
-every layer's weights and keys out of the stack, and the keys back, which is most of its time.
+every layer's weights and keys out of the stack, and the keys back.
 """
 
 from collections.abc import Callable, Sequence
