@@ -16,7 +16,7 @@ from adaptive.config import ConfigError, Experiment, nearest, require
 
 # Fields that may differ between a workdir's saved config and the command that resumes it: none changes what is learned.
 _FREE_ON_RESUME = (
-  "evaluation", "mesh", "training.eval_every", "training.checkpoint_every", "training.log_every",
+  "evaluation", "mesh", "method.exit", "training.eval_every", "training.checkpoint_every", "training.log_every",
   "training.keep_checkpoints", "training.keep_best", "training.compilation_cache", "training.tensorboard",
   "training.wandb",
 )  # fmt: skip

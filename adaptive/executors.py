@@ -94,8 +94,15 @@ def mask(config: ModelConfig, params: Params, batch: Batch, table: Choices, inde
   return Transformer(config).apply({"params": {**params, "layers": layers}}, batch)
 
 
-def exits(config: ModelConfig, params: Params, batch: Batch, depths: Sequence[int]) -> jax.Array:
-  """Residual stream after each of the given numbers of layers, [e, b, t, d], in one forward pass (SoFT)."""
+def exits(
+  config: ModelConfig, params: Params, batch: Batch, depths: Sequence[int], dropped: jax.Array | None = None
+) -> jax.Array:
+  """Residual stream after each of the given numbers of layers, [e, b, t, d], in one forward pass (SoFT).
+
+  Args:
+    dropped: layer dropout: layers that are left out, bool [l], which are not computed; or for each row, bool [l, b],
+      where what was computed is thrown away.
+  """
   model = Transformer(config)
   x, context = model.apply({"params": params}, batch, method="embed")
   block = Block(config)
@@ -103,9 +110,15 @@ def exits(config: ModelConfig, params: Params, batch: Batch, depths: Sequence[in
   if config.remat != "none":
     run = jax.checkpoint(run, policy=REMAT_POLICIES[config.remat], prevent_cse=False)
 
-  def layer_and_emit(x, layer):
-    x = run(x, layer)
+  def layer_and_emit(x, inputs):
+    layer, dropped = inputs
+    if dropped is None:
+      x = run(x, layer)
+    elif dropped.ndim:
+      x = jnp.where(dropped[:, None, None], x, run(x, layer))
+    else:
+      x = jax.lax.cond(dropped, lambda x, layer: x, run, x, layer)
     return x, x
 
-  _, hidden = jax.lax.scan(layer_and_emit, x, params["layers"])
+  _, hidden = jax.lax.scan(layer_and_emit, x, (params["layers"], dropped))
   return hidden[np.asarray(depths) - 1]

@@ -125,46 +125,51 @@ class Attention(nn.Module):
 
   config: ModelConfig
 
-  @nn.compact
+  def setup(self):
+    c = self.config
+    shape, heads = (c.num_kv_heads, c.q_per_kv, c.head_size), ("kv_heads", "q_per_kv", "head_dim")
+    init, zeros = nn.initializers.normal(c.init_std), nn.initializers.zeros
+    one, axes = (c.num_kv_heads, c.head_size), ("kv_heads", "head_dim")
+    self.query = param(self, "query", init, (c.d_model, *shape), ("embed", *heads))
+    if c.qkv_bias:
+      self.query_bias = param(self, "query_bias", zeros, shape, heads)
+    self.key = param(self, "key", init, (c.d_model, *one), ("embed", *axes))
+    self.value = param(self, "value", init, (c.d_model, *one), ("embed", *axes))
+    if c.qkv_bias:
+      self.key_bias, self.value_bias = (param(self, name, zeros, one, axes) for name in ("key_bias", "value_bias"))
+    if c.qk_norm:
+      self.query_norm, self.key_norm = RMSNorm(c, "head_dim"), RMSNorm(c, "head_dim")
+    self.out = param(self, "out", residual_init(c), (*shape, c.d_model), (*heads, "embed"))
+
   def __call__(self, x: jax.Array, context: Context, cache: LayerCache | None = None):
     """Returns the output and the cache with this call's keys and values written in (None without a cache)."""
     query = self._query(x, context)
     if cache is None:
-      attended = self._attend(query, *self._key_value(x, context), context.mask)
+      attended = self._attend(query, *self.key_value(x, context), context.mask)
     else:
       if context.slots is not None:
-        cache = write(cache, LayerCache(*self._key_value(x, context)), context.slots)
+        cache = write(cache, LayerCache(*self.key_value(x, context)), context.slots)
       attended = self._attend_cache(query, cache, context.mask)
-    c = self.config
-    shape = (c.num_kv_heads, c.q_per_kv, c.head_size, c.d_model)
-    out = param(self, "out", residual_init(c), shape, ("kv_heads", "q_per_kv", "head_dim", "embed"))
-    return jnp.einsum("btkgh,kghd->btd", attended.reshape(*attended.shape[:2], *shape[:3]), out), cache
+    attended = attended.reshape(*attended.shape[:2], *self.out.shape[:3])
+    return jnp.einsum("btkgh,kghd->btd", attended, self.out), cache
 
   def _query(self, x: jax.Array, context: Context) -> jax.Array:
     """Rotated queries [b, t, k * g, h]."""
-    c = self.config
-    shape, axes = (c.num_kv_heads, c.q_per_kv, c.head_size), ("kv_heads", "q_per_kv", "head_dim")
-    init = nn.initializers.normal(c.init_std)
-    query = jnp.einsum("btd,dkgh->btkgh", x, param(self, "query", init, (c.d_model, *shape), ("embed", *axes)))
-    if c.qkv_bias:
-      query += param(self, "query_bias", nn.initializers.zeros, shape, axes)[None, None]
-    if c.qk_norm:
-      query = RMSNorm(c, "head_dim", name="query_norm")(query)
+    query = jnp.einsum("btd,dkgh->btkgh", x, self.query)
+    if self.config.qkv_bias:
+      query += self.query_bias[None, None]
+    if self.config.qk_norm:
+      query = self.query_norm(query)
     # Head n = (k, g) in that order: group n // g, as in grouped-query attention.
-    return apply_rope(query.reshape(*query.shape[:2], -1, c.head_size), context.sin, context.cos)
+    return apply_rope(query.reshape(*query.shape[:2], -1, query.shape[-1]), context.sin, context.cos)
 
-  def _key_value(self, x: jax.Array, context: Context) -> tuple[jax.Array, jax.Array]:
+  def key_value(self, x: jax.Array, context: Context) -> tuple[jax.Array, jax.Array]:
     """Rotated keys and plain values, [b, t, k, h]."""
-    c = self.config
-    shape, axes = (c.num_kv_heads, c.head_size), ("kv_heads", "head_dim")
-    init, zeros = nn.initializers.normal(c.init_std), nn.initializers.zeros
-    key = jnp.einsum("btd,dkh->btkh", x, param(self, "key", init, (c.d_model, *shape), ("embed", *axes)))
-    value = jnp.einsum("btd,dkh->btkh", x, param(self, "value", init, (c.d_model, *shape), ("embed", *axes)))
-    if c.qkv_bias:
-      key += param(self, "key_bias", zeros, shape, axes)[None, None]
-      value += param(self, "value_bias", zeros, shape, axes)[None, None]
-    if c.qk_norm:
-      key = RMSNorm(c, "head_dim", name="key_norm")(key)
+    key, value = (jnp.einsum("btd,dkh->btkh", x, weight) for weight in (self.key, self.value))
+    if self.config.qkv_bias:
+      key, value = key + self.key_bias[None, None], value + self.value_bias[None, None]
+    if self.config.qk_norm:
+      key = self.key_norm(key)
     return apply_rope(key, context.sin, context.cos), value
 
   def _attend_cache(self, query: jax.Array, cache: LayerCache, mask: jax.Array) -> jax.Array:

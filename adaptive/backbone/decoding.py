@@ -28,6 +28,12 @@ def unstack(layers: Params, dtype: str) -> tuple[Params, ...]:
   return tuple(cut(i) for i in range(jax.tree.leaves(layers)[0].shape[0]))
 
 
+def unstacked(config: ModelConfig, params: Params) -> Params:
+  """A model's parameters as steps read them: layers apart, everything in the dtype that computes."""
+  rest = {name: part for name, part in params.items() if name != "layers"}
+  return {**jax.tree.map(lambda x: x.astype(config.dtype), rest), "layers": unstack(params["layers"], config.dtype)}
+
+
 def empty_layer(config: ModelConfig, batch_size: int, slots: int) -> LayerCache:
   """One layer's cache of zeros."""
   shape = (batch_size, config.num_kv_heads, slots, config.head_size)
@@ -65,9 +71,7 @@ def dense(config: ModelConfig, params: Params, path: Sequence[int] = ()) -> tupl
   Args:
     path: which of the layers run, in order; all of them unless given. One that runs twice has two caches.
   """
-  model = Transformer(config)
-  layers, rest = unstack(params["layers"], config.dtype), {k: v for k, v in params.items() if k != "layers"}
-  params = {**jax.tree.map(lambda x: x.astype(config.dtype), rest), "layers": layers}
+  model, params = Transformer(config), unstacked(config, params)
   path = tuple(path) or range(len(params["layers"]))
 
   def empty_cache(batch_size: int, slots: int) -> Cache:

@@ -27,15 +27,21 @@ class Block(nn.Module):
 
   config: ModelConfig
 
-  @nn.compact
+  def setup(self):
+    self.attention_norm, self.attention = RMSNorm(self.config), Attention(self.config)
+    self.mlp_norm, self.mlp = RMSNorm(self.config), FeedForward(self.config)
+
   def __call__(self, x: jax.Array, context: Context, cache: LayerCache | None = None):
     """[b, t, d] -> ([b, t, d], cache)."""
-    attended, cache = Attention(self.config, name="attention")(
-      RMSNorm(self.config, name="attention_norm")(x), context, cache
-    )
+    attended, cache = self.attention(self.attention_norm(x), context, cache)
     x = constrain(x + attended, "batch", "length", None)
-    x = x + FeedForward(self.config, name="mlp")(RMSNorm(self.config, name="mlp_norm")(x))
+    x = x + self.mlp(self.mlp_norm(x))
     return constrain(x, "batch", "length", None), cache
+
+  def key_value(self, x: jax.Array, context: Context) -> LayerCache:
+    """Only what other tokens attend to: [b, t, d] -> keys and values [b, k, t, h]."""
+    pair = self.attention.key_value(self.attention_norm(x), context)
+    return LayerCache(*(jnp.swapaxes(part, 1, 2) for part in pair))
 
 
 class Transformer(nn.Module):

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +49,7 @@ class Result:
     return later / self.seconds if later else 0.0
 
 
-class _Rows(NamedTuple):
+class Rows(NamedTuple):
   """What a step knows of each row beside the cache, all [b].
 
   Attributes:
@@ -62,41 +62,47 @@ class _Rows(NamedTuple):
   done: jax.Array
 
 
-class _Sampled(NamedTuple):
-  """On its way to the host: tokens [b], their log-probabilities [b], which rows they are real in [b], metrics."""
+class Sampled(NamedTuple):
+  """On its way to the host: tokens [b, n], their log-probabilities [b, n], how many are real [b], metrics."""
 
   tokens: jax.Array
   log_probs: jax.Array
-  real: jax.Array
+  counts: jax.Array
   metrics: Metrics
 
 
 class _Host:
   """What the host has read so far; `ended` says which rows it waits for no more."""
 
-  def __init__(self, rows: int, stop_tokens: tuple[int, ...], watch: Callable[[int, int], bool | None]):
+  def __init__(self, rows: int, limit: int, stop_tokens: tuple[int, ...], watch: Callable[[int, int], bool | None]):
     self.tokens: list[list[int]] = [[] for _ in range(rows)]
     self.log_probs: list[list[float]] = [[] for _ in range(rows)]
     self.metrics: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     self.ended = np.zeros(rows, bool)
     self.times: list[float] = []
-    self._stop_tokens, self._watch = stop_tokens, watch
+    self._limit, self._stop_tokens, self._watch = limit, stop_tokens, watch
 
-  def read(self, sampled: _Sampled) -> bool:
-    """Waits for a step and takes down what it sampled; whether `watch` ended a row, of which the device cannot know."""
-    found, told = jax.device_get(sampled), False
+  def read(self, found: Sampled) -> bool:
+    """Takes down what a step sampled; whether a row ended in a way of which the device cannot know."""
+    told = False
     self.times.append(time.perf_counter())
     for name, pair in found.metrics.items():
       total, count = self.metrics.get(name, (0.0, 0.0))
       self.metrics[name] = total + np.float64(pair[0]), count + np.float64(pair[1])
-    for row in np.flatnonzero(found.real[: len(self.ended)] & ~self.ended):
-      token = int(found.tokens[row])
-      self.tokens[row].append(token)
-      self.log_probs[row].append(float(found.log_probs[row]))
-      enough = bool(self._watch(int(row), token))
-      told |= enough
-      self.ended[row] = enough or token in self._stop_tokens
+    for row in np.flatnonzero(~self.ended):
+      for token, log_prob in list(zip(found.tokens[row], found.log_probs[row]))[: found.counts[row]]:
+        told |= self._take(int(row), int(token), float(log_prob))
+        if self.ended[row]:
+          break
     return told
+
+  def _take(self, row: int, token: int, log_prob: float) -> bool:
+    """One more token of a row; whether the row ends here and the device does not know."""
+    self.tokens[row].append(token)
+    self.log_probs[row].append(log_prob)
+    enough = bool(self._watch(row, token)) or len(self.tokens[row]) == self._limit
+    self.ended[row] = enough or token in self._stop_tokens
+    return enough
 
 
 def bucket(size: int) -> int:
@@ -147,6 +153,7 @@ class Generator:
     self._decoder, self._vocab_size, self._max_len, self._mesh = decoder, vocab_size, max_len, mesh
     self._sampling, self._stop_tokens = sampling or Sampling(), tuple(stop_tokens)
     self._over_rows = None if mesh is None else sharding.batch_sharding(mesh)
+    self._spare = 0  # slots that a row may need beyond its tokens
     self._programs = functools.cache(self._compile)
 
   def __call__(
@@ -170,8 +177,8 @@ class Generator:
     """
     check(prompts, max_new_tokens, seed, self._vocab_size, self._max_len)
     tokens, counts, ids = self._padded(prompts, numbers)
-    slots = bucket(int(counts.max()) + max_new_tokens - 1)  # the last token is not fed back
-    host, key = _Host(len(prompts), self._stop_tokens, watch), np.uint32(seed)
+    slots = bucket(int(counts.max()) + max_new_tokens - 1 + self._spare)  # the last token is not fed back
+    host, key = _Host(len(prompts), max_new_tokens, self._stop_tokens, watch), np.uint32(seed)
     with contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh):
       first, following = self._programs(*tokens.shape, slots)
       start, params = time.perf_counter(), self._decoder.params
@@ -179,13 +186,13 @@ class Generator:
       stopped = self._put(np.zeros(len(counts), bool))
       for _ in range(max_new_tokens - 1):
         cache, rows, later = following(params, cache, rows, stopped, key)
-        if host.read(sampled):
+        if host.read(self._fetch(sampled)):
           stopped = self._put(np.pad(host.ended, (0, len(counts) - len(prompts))))
         if host.ended.all():
           break
         sampled = later
       else:
-        host.read(sampled)
+        host.read(self._fetch(sampled))
     return Result(host.tokens, host.log_probs, host.metrics, host.times[0] - start, host.times[-1] - host.times[0])
 
   def _padded(self, prompts: Sequence[Sequence[int]], numbers: Sequence[int] | None) -> tuple[np.ndarray, ...]:
@@ -199,6 +206,12 @@ class Generator:
       row[: len(prompt)] = prompt
     return tokens, counts, ids
 
+  def _fetch(self, sampled: Sampled) -> Sampled:
+    """Waits for what a step sampled."""
+    found = jax.device_get(sampled)
+    self._observe(found)
+    return found
+
   def _put(self, rows: np.ndarray) -> jax.Array:
     return jax.device_put(rows, self._over_rows)
 
@@ -207,26 +220,37 @@ class Generator:
     ints = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=self._over_rows)
     tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=self._over_rows)
     seed, over = np.uint32(0), self._over_rows
-    state = _Rows(over, over, over, over)
-    sampled = _Sampled(over, over, over, None if self._mesh is None else sharding.replicated(self._mesh))
+    state = Rows(over, over, over, over)
+    sampled = Sampled(over, over, over, None if self._mesh is None else sharding.replicated(self._mesh))
     first = jax.jit(functools.partial(self._first, slots), out_shardings=(None, state, sampled))
     first = first.lower(self._decoder.params, tokens, ints, ints, seed).compile()
     # The cache lies where the compiler has put it; it must not move from one step to the next.
     where = first.output_shardings[0]
     cache = jax.eval_shape(functools.partial(self._decoder.empty_cache, rows, slots))
     cache = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), cache, where)
-    following = jax.jit(self._following, out_shardings=(where, state, sampled), donate_argnums=1)
     flags = jax.ShapeDtypeStruct((rows,), bool, sharding=over)
-    known = _Rows(ints, ints, ints, flags)
-    return first, following.lower(self._decoder.params, cache, known, flags, seed).compile()
+    known = Rows(ints, ints, ints, flags)
 
-  def _first(self, slots: int, params: Params, tokens, counts, numbers, seed) -> tuple[Cache, _Rows, _Sampled]:
+    def compile_next(function: Callable, *more: Any) -> Callable:
+      following = jax.jit(function, out_shardings=(where, state, sampled), donate_argnums=1)
+      return following.lower(self._decoder.params, cache, known, flags, seed, *more).compile()
+
+    return first, self._next(compile_next)
+
+  def _next(self, compile_next: Callable[..., Callable]) -> Callable:
+    """What is called for every later token: (params, cache, rows, stopped, seed) -> (cache, rows, sampled)."""
+    return compile_next(self._following)
+
+  def _observe(self, sampled: Sampled) -> None:
+    """Sees what the host has read."""
+
+  def _first(self, slots: int, params: Params, tokens, counts, numbers, seed) -> tuple[Cache, Rows, Sampled]:
     """Prompts [b, t], of which counts [b] are real, into a new cache; samples each row's first token."""
     cache = self._decoder.empty_cache(len(tokens), slots)
     logits, cache, metrics = self._decoder.step(params, tokens, counts, cache)
-    return cache, *self._sample(_Rows(numbers, counts, counts, counts == 0), logits, metrics, seed)
+    return cache, *self._sample(Rows(numbers, counts, counts, counts == 0), logits, metrics, seed)
 
-  def _following(self, params: Params, cache: Cache, rows: _Rows, stopped, seed) -> tuple[Cache, _Rows, _Sampled]:
+  def _following(self, params: Params, cache: Cache, rows: Rows, stopped, seed) -> tuple[Cache, Rows, Sampled]:
     """Feeds each row its newest token, unless it is done or `stopped` [b], and samples the next."""
     done = rows.done | stopped
     counts = (~done).astype(jnp.int32)
@@ -234,8 +258,9 @@ class Generator:
     rows = rows._replace(lengths=rows.lengths + counts, done=done)
     return cache, *self._sample(rows, logits, metrics, seed)
 
-  def _sample(self, rows: _Rows, logits: jax.Array, metrics: Metrics, seed) -> tuple[_Rows, _Sampled]:
+  def _sample(self, rows: Rows, logits: jax.Array, metrics: Metrics, seed) -> tuple[Rows, Sampled]:
     keys = row_keys(seed, rows.numbers, rows.lengths)
     tokens, log_probs = sample(logits[:, : self._vocab_size], keys, self._sampling)
     stops = jnp.isin(tokens, jnp.asarray(self._stop_tokens, jnp.int32))
-    return rows._replace(newest=tokens, done=rows.done | stops), _Sampled(tokens, log_probs, ~rows.done, metrics)
+    sampled = Sampled(tokens[:, None], log_probs[:, None], (~rows.done).astype(jnp.int32), metrics)
+    return rows._replace(newest=tokens, done=rows.done | stops), sampled

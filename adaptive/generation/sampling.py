@@ -64,3 +64,10 @@ def sample(logits: jax.Array, keys: jax.Array, sampling: Sampling) -> tuple[jax.
     chosen = jnp.take_along_axis(tokens, place[:, None], axis=1)[:, 0]
   log_probs = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), chosen[:, None], axis=1)[:, 0]
   return chosen.astype(jnp.int32), log_probs
+
+
+def probabilities(logits: jax.Array, sampling: Sampling) -> jax.Array:
+  """What `sample` draws from, [b, v]: probabilities after temperature, top-k and top-p; the temperature is not 0."""
+  allowed, tokens = candidates(logits, sampling)
+  place = jax.vmap(lambda row, at, values: row.at[at].set(values))
+  return place(jnp.zeros_like(logits), tokens, jax.nn.softmax(allowed, axis=-1))

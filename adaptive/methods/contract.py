@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from adaptive.config import ModelConfig
 from adaptive.cost import Cost
+from adaptive.depth.ladder import Ladder
 from adaptive.losses import SumCount
 
 Params = Any
@@ -182,6 +183,12 @@ class Method(Protocol):
 
   def decoder(self, model: nn.Module, params: Params, submodel: SubModel) -> Decoder:
     """The sub-model for generation: token by token it gives the logits of `forward`."""
+
+  def ladder(self, model: nn.Module, params: Params, drafts: Sequence[SubModel] | None) -> Ladder | None:
+    """The full model with sub-models that can draft for it, for self-speculative decoding; None where none can.
+
+    All that can are meant by None. ConfigError for one that cannot.
+    """
 
   def ticker(self, model: nn.Module, params: Params, submodel: SubModel) -> Ticker | None:
     """The sub-model for depth-wise batching; None where every token takes the same path."""

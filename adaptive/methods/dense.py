@@ -1,10 +1,8 @@
 """The plain backbone: nothing is left out. The ruler for every other method, and the shortest example of one."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
 
 import jax
-from jax.sharding import Mesh
 
 from adaptive import cost as costs
 from adaptive import losses
@@ -12,6 +10,22 @@ from adaptive.backbone import decoding
 from adaptive.backbone.transformer import Transformer
 from adaptive.config import ModelConfig
 from adaptive.methods.contract import Batch, Decoder, Metrics, Output, Params, SubModel, check_index
+from adaptive.methods.defaults import (
+  batch_parts,
+  control,
+  diagnose,
+  init_from,
+  ladder,
+  learning_rates,
+  sample,
+  static_choice,
+  ticker,
+)
+
+__all__ = [
+  "Config", "batch_parts", "build", "control", "cost", "decoder", "diagnose", "extract", "forward", "init_from",
+  "ladder", "learning_rates", "loss", "sample", "static_choice", "submodels", "ticker", "update_flops",
+]  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,43 +41,15 @@ def submodels(model: Transformer) -> tuple[SubModel, ...]:
   return (SubModel.of(depth=model.config.num_layers),)
 
 
-def sample(model: Transformer, seed: int, step: int) -> tuple[int, ...]:
-  return (0,)
-
-
-def static_choice(model: Transformer) -> bool:
-  return False
-
-
-def batch_parts(model: Transformer) -> int:
-  return 1
-
-
 def loss(model: Transformer, params: Params, batch: Batch, choice, key, step) -> tuple[jax.Array, Metrics]:
   """Next-token cross entropy."""
   pair = losses.cross_entropy(forward(model, params, batch, 0).logits, batch["targets"], batch["segment_ids"] > 0)
   return losses.mean(pair), {"loss": pair}
 
 
-def control(model: Transformer, params: Params, metrics: Metrics) -> Params:
-  return params
-
-
-def learning_rates(model: Transformer) -> Mapping[str, float]:
-  return {}
-
-
-def init_from(model: Transformer, params: Params, source: Params, how: str, seed: int) -> Params:
-  return source
-
-
 def forward(model: Transformer, params: Params, batch: Batch, index) -> Output:
   check_index(index, 1)
   return Output(model.apply({"params": params}, batch), {})
-
-
-def diagnose(model: Transformer, params: Params, batches: Sequence[Batch], mesh: Mesh) -> Mapping[str, float]:
-  return {}
 
 
 def cost(model: Transformer, submodel: SubModel, seq_len: int, realised: Metrics) -> costs.Cost:
@@ -80,7 +66,3 @@ def extract(model: Transformer, params: Params, submodel: SubModel) -> tuple[Mod
 
 def decoder(model: Transformer, params: Params, submodel: SubModel) -> Decoder:
   return Decoder(*decoding.dense(model.config, params))
-
-
-def ticker(model: Transformer, params: Params, submodel: SubModel) -> None:
-  """Every token takes the same path."""

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tiny
 
+from adaptive.depth import exits
 from adaptive.methods import METHODS
 
 MOR = "mixture_of_recursions"
@@ -30,6 +31,16 @@ RECURSIONS = {
 MODELS = {"plain": tiny.model_config(), "qwen": tiny.model_config(qk_norm=True, qkv_bias=True, tied_embeddings=False)}
 CASES = [("dense", "plain", 0), ("dense", "qwen", 0), ("sorted_net", "qwen", 0), ("sorted_net", "qwen", 5)]
 CASES += [("recursive", "plain", 0), ("recursive", "plain", 1)]
+# Of early exit by key/value rule: a fixed depth (0) and thresholds (2, 3, 4), which some tokens pass and others do not.
+EXITS = {
+  "project": dict(),
+  "copy": dict(kv="copy", signal="entropy", thresholds=(0.1, 0.2, 0.3)),
+  "hole": dict(kv="hole", signal="cosine", thresholds=(0.5, 0.6, 0.7)),
+  "decay": dict(signal="margin", decay=0.5, decay_length=4, per_exit=(0.1, 0.0), thresholds=(0.05, 0.1)),
+  "patience": dict(signal="patience", thresholds=(0.5, 1.5, 2.5)),
+  "stability": dict(kv="copy", signal="stability", thresholds=(0.2, 0.4, 0.6)),
+}
+CASES += [("early_exit", "project", 0), *(("early_exit", rule, index) for rule in EXITS for index in (2, 3, 4))]
 CASES += [(MOR, variant, -1) for variant in RECURSIONS]
 CASES += [(MOR, "wise", index) for index in (0, 2, 3)] + [(MOR, "token", 0), (MOR, "hybrid", 3)]
 LENGTH, PIECE = 8, 4
@@ -43,6 +54,10 @@ def case(name: str, variant: str, index: int):
     config = tiny.model_config(num_layers=6 if variant == "cycle" else 5, qk_norm=True)
     dials = dict(score_shifts=(0.3,), capacity_scales=(0.5,))
     settings = dict(num_recursions=3, **{**dials, **RECURSIONS[variant]})
+  elif name == "early_exit":
+    config = tiny.model_config(qk_norm=True)
+    exiting = exits.Exiting(**{"thresholds": (0.1, 0.15, 0.2), **EXITS[variant]})
+    settings = dict(exits=(1, 3), heads="own" if variant == "copy" else "shared", exit=exiting)
   else:
     config, settings = MODELS[variant], SETTINGS.get(name, {})
   model = method.build(config, method.Config(**settings))

@@ -23,6 +23,9 @@ CASES = {
                                replacement=True)),
   "distilled": ("sorted_net", dict(**SIZES, accum_data="shared", executor="static", scheme="sandwich", distill=0.5)),
   "multi_exit": ("sorted_net", dict(depths=(1, 2, 3), scheme="multi_exit")),
+  "exits": ("early_exit", dict(exits=(1, 2))),
+  "own_exits": ("early_exit", dict(exits=(1, 2), heads="own")),
+  "layer_skip": ("layer_skip", dict(dropout=0.0, curriculum="none")),
   "recursive": ("recursive", dict(num_recursions=3, sharing="cycle")),
   "fewer": ("recursive", dict(num_recursions=3, sharing="sequence", train_fewer=True)),
 }  # fmt: skip
@@ -73,8 +76,9 @@ def test_the_products_of_a_traced_update_are_those_counted(name):
   program, params, batch = gradient(method, model, choice)
   # The program computes the whole square of scores: as many keys as positions, which 2 * LENGTH - 1 stands for.
   counted = method.update_flops(model, choice, 2 * LENGTH - 1)
-  # SoFT computes each exit's logits again in the backward pass, which saves memory and is no work of the model's.
-  again = costs.head_flops(MODEL) * len(choice) if name == "multi_exit" else 0.0
+  # Each exit's logits are computed again in the backward pass, which saves memory and is no work of the model's.
+  exits = {"multi_exit": 3, "exits": 3, "own_exits": 3, "layer_skip": 3}.get(name, 0)
+  again = costs.head_flops(MODEL) * exits
   found = products(jax.make_jaxpr(program)(params, batch).jaxpr)
   assert found == pytest.approx((counted + again) * ROWS * LENGTH, rel=1e-6)
 

@@ -27,6 +27,8 @@ CASES = {
   "static": ("sorted_net", dict(depths=(1, 2), executor="static", scheme="all", accum_data="shared")),
   "multi_exit": ("sorted_net", dict(depths=(1, 2), scheme="multi_exit")),
   "sandwich": ("sorted_net", dict(**SIZES, scheme="sandwich", num_sampled=3, accum_data="shared", distill=0.5)),
+  "exits": ("early_exit", dict(exits=(1,), heads="own")),
+  "layer_skip": ("layer_skip", dict(dropout=0.5, rotation=2)),
   "recursive": ("recursive", dict(num_recursions=2, sharing="cycle")),
   "recursions": ("mixture_of_recursions", dict(num_recursions=2, sharing="cycle", kv_cache="shared")),
   "one": ("sorted_net", dict(**SIZES, executor="static", num_sampled=1)),

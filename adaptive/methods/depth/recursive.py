@@ -8,20 +8,26 @@ drawn, as in models of random depth; else only the full number is trained, and w
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from adaptive import cost as costs
 from adaptive import losses, recursion
 from adaptive.backbone import decoding
 from adaptive.backbone.transformer import Transformer
 from adaptive.config import ModelConfig
+from adaptive.depth import ladder as ladders
 from adaptive.methods.contract import Batch, Decoder, Metrics, Output, Params, SubModel, check_index
+from adaptive.methods.defaults import batch_parts, control, diagnose, learning_rates, ticker
+
+__all__ = [
+  "Config", "batch_parts", "build", "control", "cost", "decoder", "diagnose", "extract", "forward", "init_from",
+  "ladder", "learning_rates", "loss", "sample", "static_choice", "submodels", "ticker", "update_flops",
+]  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,10 +86,6 @@ def static_choice(model: Recursive) -> bool:
   return model.method.train_fewer
 
 
-def batch_parts(model: Recursive) -> int:
-  return 1
-
-
 def loss(model: Recursive, params: Params, batch: Batch, choice, key, step) -> tuple[jax.Array, Metrics]:
   """Next-token cross entropy."""
   index = choice[0] if model.method.train_fewer else model.method.num_recursions - 1
@@ -108,21 +110,9 @@ def _logits(model: Recursive, params: Params, batch: Batch, repeats: int | jax.A
   return model.apply({"params": params}, x, method="head")
 
 
-def control(model: Recursive, params: Params, metrics: Metrics) -> Params:
-  return params
-
-
-def learning_rates(model: Recursive) -> Mapping[str, float]:
-  return {}
-
-
 def init_from(model: Recursive, params: Params, source: Params, how: str, seed: int) -> Params:
   """The layers of a dense model of the unrolled depth, tied."""
   return {**source, "layers": recursion.tie(model.sharing, source["layers"], how, seed)}
-
-
-def diagnose(model: Recursive, params: Params, batches: Sequence[Batch], mesh: Mesh) -> Mapping[str, float]:
-  return {}
 
 
 def cost(model: Recursive, submodel: SubModel, seq_len: int, realised: Metrics) -> costs.Cost:
@@ -162,5 +152,9 @@ def _layer_path(model: Recursive, submodel: SubModel) -> np.ndarray:
   return np.array(dataclasses.replace(sharing, num_layers=depth, num_recursions=repeats).layer_path)
 
 
-def ticker(model: Recursive, params: Params, submodel: SubModel) -> None:
-  """Every token takes the same path."""
+def ladder(model: Recursive, params: Params, drafts: Sequence[SubModel] | None) -> ladders.Ladder | None:
+  """Fewer passes may draft; with a last layer outside of the loop, a draft runs it for itself."""
+  wanted = submodels(model)[:-1] if drafts is None else drafts
+  paths = [_layer_path(model, submodel).tolist() for submodel in sorted(wanted, key=lambda s: s["recursions"])]
+  full = _layer_path(model, submodels(model)[-1]).tolist()
+  return ladders.of_paths(model.config, params, full, paths) if paths else None

@@ -20,13 +20,12 @@ Departures from the papers, with reasons (of SortedNet's only the abstract was r
 import dataclasses
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from adaptive import cost as costs
 from adaptive import executors, losses, sharding
@@ -34,7 +33,15 @@ from adaptive import subnet as subnets
 from adaptive.backbone import decoding
 from adaptive.backbone.transformer import Transformer
 from adaptive.config import ModelConfig, require
+from adaptive.depth import ladder as ladders
+from adaptive.depth import objectives
 from adaptive.methods.contract import Batch, Decoder, Metrics, Output, Params, SubModel, check_index
+from adaptive.methods.defaults import control, diagnose, init_from, learning_rates, ticker
+
+__all__ = [
+  "Config", "batch_parts", "build", "control", "cost", "decoder", "diagnose", "extract", "forward", "init_from",
+  "ladder", "learning_rates", "loss", "sample", "static_choice", "submodels", "ticker", "update_flops",
+]  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -276,35 +283,13 @@ def _distilled_loss(model: SortedNet, params: Params, batch: Batch, choice) -> t
 
 
 def _multi_exit_loss(model: SortedNet, params: Params, batch: Batch, choice) -> tuple[jax.Array, Metrics]:
-  """SoFT: every depth's output, through the shared norm and head, in one forward pass.
-
-  The head runs on one exit at a time and again in the backward pass, so the logits of one exit are held, not of all.
-  """
+  """SoFT: every depth's output, through the shared norm and head, in one forward pass."""
   depths = [len(_family(model)[index].layer_path) for index in choice]
   weights = np.array([model.method.weights[i] for i in choice]) if model.method.weights else np.ones(len(depths))
 
-  @jax.checkpoint
-  def exit_loss(x):
-    return _task_loss(model.apply({"params": params}, x, method="head"), batch)
-
-  pairs = jax.lax.map(exit_loss, executors.exits(model.config, params, batch, depths))
-  return jnp.sum(losses.mean(pairs) * (weights / weights.sum())), _metrics(pairs)
-
-
-def control(model: SortedNet, params: Params, metrics: Metrics) -> Params:
-  return params
-
-
-def learning_rates(model: SortedNet) -> Mapping[str, float]:
-  return {}
-
-
-def init_from(model: SortedNet, params: Params, source: Params, how: str, seed: int) -> Params:
-  return source
-
-
-def diagnose(model: SortedNet, params: Params, batches: Sequence[Batch], mesh: Mesh) -> Mapping[str, float]:
-  return {}
+  head = lambda _, x: model.apply({"params": params}, x, method="head")
+  pairs = objectives.exit_losses(head, None, executors.exits(model.config, params, batch, depths), batch)
+  return objectives.weighted(pairs, weights), _metrics(pairs)
 
 
 def cost(model: SortedNet, submodel: SubModel, seq_len: int, realised: Metrics) -> costs.Cost:
@@ -335,5 +320,14 @@ def decoder(model: SortedNet, params: Params, submodel: SubModel) -> Decoder:
   return Decoder(*decoding.dense(*extract(model, params, submodel)))
 
 
-def ticker(model: SortedNet, params: Params, submodel: SubModel) -> None:
-  """Every token takes the same path."""
+def ladder(model: SortedNet, params: Params, drafts: Sequence[SubModel] | None) -> ladders.Ladder | None:
+  """Sub-models of full width may draft: their layers are the model's first."""
+  full = subnets.prefix(model.config)
+  wanted = submodels(model)[:-1] if drafts is None else drafts
+  parts = [subnet_of(model, submodel) for submodel in wanted]
+  for submodel, part in zip(wanted, parts):
+    require(
+      drafts is None or part.widths == full.widths, f"{submodel.name} is narrower than the model: it cannot draft"
+    )
+  paths = sorted({part.layer_path for part in parts if part.widths == full.widths} - {full.layer_path}, key=len)
+  return ladders.of_paths(model.config, params, full.layer_path, paths) if paths else None

@@ -26,6 +26,7 @@ import numpy as np
 from adaptive import losses, recursion
 from adaptive.config import ModelConfig
 from adaptive.methods.contract import Batch, Decoder, Metrics, Output, Params, SubModel, Ticker, check_index
+from adaptive.methods.defaults import batch_parts, ladder
 from adaptive.methods.depth.mixture_of_recursions import causal, decode, ticks, token_choice
 from adaptive.methods.depth.mixture_of_recursions.accounting import cost, update_flops
 from adaptive.methods.depth.mixture_of_recursions.causal import Rule
@@ -35,7 +36,7 @@ from adaptive.methods.depth.mixture_of_recursions.model import MixtureOfRecursio
 
 __all__ = [
   "Config", "batch_parts", "build", "control", "cost", "decoder", "diagnose", "extract", "forward", "init_from",
-  "learning_rates", "loss", "sample", "static_choice", "submodels", "ticker", "update_flops",
+  "ladder", "learning_rates", "loss", "sample", "static_choice", "submodels", "ticker", "update_flops",
 ]  # fmt: skip
 
 
@@ -72,10 +73,6 @@ def sample(model: MixtureOfRecursions, seed: int, step: int) -> tuple[int, ...]:
 
 def static_choice(model: MixtureOfRecursions) -> bool:
   return model.method.warmup_steps > 0
-
-
-def batch_parts(model: MixtureOfRecursions) -> int:
-  return 1
 
 
 def loss(model: MixtureOfRecursions, params: Params, batch: Batch, choice, key, step) -> tuple[jax.Array, Metrics]:

@@ -1,0 +1,115 @@
+"""A model in stages, as self-speculative decoding runs it: cheap drafts, and the rest of the model on the same states.
+
+A draft leaves the model at a rung: what it ran up to there is what the whole model runs too, with the same keys and
+values, and is not run again. What a draft runs after its rung is its own: nothing but a head where it is an early exit,
+some layers more where it skips layers or repeats a shared block fewer times.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from adaptive.backbone import decoding
+from adaptive.backbone.transformer import Params, Transformer
+from adaptive.config import ModelConfig
+
+Cache = Any
+
+
+class At(NamedTuple):
+  """Where new tokens are: the position of each row's first, and how many of a row's are real, int32 [b] both.
+
+  Slots of a cache from `start` on may hold tokens that were refused; they are written again before anyone reads them.
+  """
+
+  start: jax.Array
+  counts: jax.Array
+
+
+class Ladder(NamedTuple):
+  """A model and its drafts, all functions traced.
+
+  Attributes:
+    params: for the other functions.
+    rungs: after how many stages each draft leaves, not decreasing; the model itself has one stage more than the last.
+    layers: that each draft runs, and at last the model.
+    tails: whether each draft has layers of its own after its rung.
+    empty_cache: (batch_size, slots) -> a cache.
+    embed: (params, tokens int32 [b, t]) -> x [b, t, d].
+    climb: (params, x, at, cache, low, high) -> (x, cache): the stages low .. high - 1 (static).
+    tail: (params, draft, x, at, cache) -> (x, cache): a draft's own layers.
+    head: (params, draft, x) -> float32 logits [b, t, v]; of the model itself where draft is len(rungs).
+  """
+
+  params: Params
+  rungs: tuple[int, ...]
+  layers: tuple[int, ...]
+  tails: tuple[bool, ...]
+  empty_cache: Callable[[int, int], Cache]
+  embed: Callable[[Params, jax.Array], jax.Array]
+  climb: Callable[[Params, jax.Array, At, Cache, int, int], tuple[jax.Array, Cache]]
+  tail: Callable[[Params, int, jax.Array, At, Cache], tuple[jax.Array, Cache]]
+  head: Callable[[Params, int, jax.Array], jax.Array]
+
+  @property
+  def stages(self) -> int:
+    """Of the model itself."""
+    return max(self.rungs) + 1
+
+
+def shared_layers(full: Sequence[int], draft: Sequence[int]) -> int:
+  """How many layers two paths begin with in common."""
+  same = [a == b for a, b in zip(full, draft)]
+  return same.index(False) if False in same else len(same)
+
+
+def of_paths(
+  config: ModelConfig,
+  params: Params,
+  full: Sequence[int],
+  drafts: Sequence[Sequence[int]],
+  head: Callable[[Params, int, jax.Array], jax.Array] | None = None,
+) -> Ladder:
+  """A ladder of layer paths: each is a list of indices of `params["layers"]`, in the order in which they run.
+
+  Args:
+    drafts: in order of what they share with `full`.
+    head: (params, draft, x) -> logits; the model's own for all drafts unless given.
+  """
+  model, params = Transformer(config), decoding.unstacked(config, params)
+  shared = [shared_layers(full, draft) for draft in drafts]
+  bounds = sorted({0, *shared, len(full)})
+  own = [list(draft[common:]) for draft, common in zip(drafts, shared)]
+
+  def empty_cache(batch_size: int, slots: int) -> Cache:
+    layers = lambda number: tuple(decoding.empty_layer(config, batch_size, slots) for _ in range(number))
+    return layers(len(full)), tuple(layers(len(path)) for path in own)
+
+  def context_of(x: jax.Array, at: At, cache: Cache):
+    slots = cache[0][0].key.shape[2]
+    return decoding.context_of(config, at.start, at.counts, x.shape[1], slots)
+
+  def climb(params: Params, x: jax.Array, at: At, cache: Cache, low: int, high: int):
+    start, stop = bounds[low], bounds[high]
+    layers, caches = [params["layers"][i] for i in full[start:stop]], cache[0][start:stop]
+    x, caches = decoding.run_layers(config, layers, x, context_of(x, at, cache), caches)
+    return x, ((*cache[0][:start], *caches, *cache[0][stop:]), cache[1])
+
+  def tail(params: Params, draft: int, x: jax.Array, at: At, cache: Cache):
+    layers = [params["layers"][i] for i in own[draft]]
+    x, caches = decoding.run_layers(config, layers, x, context_of(x, at, cache), cache[1][draft])
+    return x, (cache[0], (*cache[1][:draft], caches, *cache[1][draft + 1 :]))
+
+  apply = lambda params, *args, **kwargs: model.apply({"params": params}, *args, **kwargs)
+  return Ladder(
+    params=params,
+    rungs=tuple(bounds.index(common) for common in shared),
+    layers=(*map(len, drafts), len(full)),
+    tails=tuple(bool(path) for path in own),
+    empty_cache=empty_cache,
+    embed=lambda params, tokens: apply(params, tokens, method=lambda m, t: m.embedding.encode(t)),
+    climb=climb,
+    tail=tail,
+    head=head or (lambda params, draft, x: apply(params, x, method="head")),
+  )

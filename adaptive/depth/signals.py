@@ -1,0 +1,96 @@
+"""How sure a model is of a token at an exit: pure functions of what the exit sees, larger is surer.
+
+Each turns arrays of any leading axes into float32 of those axes; nothing is taken over rows or positions, so a token's
+signal does not depend on its batch mates. A token leaves where its signal is strictly above a threshold: no signal but
+`patience` exceeds 1, so a threshold of 1 lets none leave, even where a softmax rounds to 1.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Seen(NamedTuple):
+  """What is known of a token at an exit.
+
+  Attributes:
+    logits: float32 [..., v] at this exit; None for a signal that reads none. previous_logits: at the exit before; None
+      at the first.
+    x, previous_x: residual stream [..., d] here and one exit (at the first: all its layers) earlier.
+    agreed: at how many exits in a row, before this one, the likeliest token was the same; int32 [...].
+  """
+
+  logits: jax.Array | None
+  previous_logits: jax.Array | None
+  x: jax.Array
+  previous_x: jax.Array
+  agreed: jax.Array
+
+
+class Signal(NamedTuple):
+  """A function of what is seen, and whether it reads logits: those cost a head at every exit that a token passes."""
+
+  value: Callable[[Seen], jax.Array]
+  reads_logits: bool
+
+
+def max_probability(seen: Seen) -> jax.Array:
+  """Probability of the likeliest token (CALM's softmax response in its simplest form; EE-LLM)."""
+  return jnp.exp(jnp.max(seen.logits, axis=-1) - jax.nn.logsumexp(seen.logits, axis=-1))
+
+
+def margin(seen: Seen) -> jax.Array:
+  """Difference of the two largest probabilities (CALM, Section 3.5)."""
+  top = jax.lax.top_k(jax.nn.softmax(seen.logits, axis=-1), 2)[0]
+  return top[..., 0] - top[..., 1]
+
+
+def entropy(seen: Seen) -> jax.Array:
+  """1 - H / ln v, where H is the entropy of the prediction (BranchyNet leaves where H is small)."""
+  logs = jax.nn.log_softmax(seen.logits, axis=-1)
+  return 1 + jnp.sum(jnp.exp(logs) * logs, axis=-1) / jnp.log(float(seen.logits.shape[-1]))
+
+
+def stability(seen: Seen) -> jax.Array:
+  """exp(-KL) of this exit's prediction to the one before (recurrent depth leaves where the KL is small).
+
+  The KL is of the previous to the present distribution. Zero at the first exit, which has none before it.
+  """
+  if seen.previous_logits is None:
+    return jnp.zeros(seen.x.shape[:-1])
+  before, now = (jax.nn.log_softmax(logits, axis=-1) for logits in (seen.previous_logits, seen.logits))
+  return jnp.exp(-jnp.maximum(jnp.sum(jnp.exp(before) * (before - now), axis=-1), 0.0))
+
+
+def cosine(seen: Seen) -> jax.Array:
+  """Cosine of the residual stream at two exits, of each token by itself (CALM's hidden-state saturation; MuE)."""
+  x, before = seen.x.astype(jnp.float32), seen.previous_x.astype(jnp.float32)
+  norms = jnp.linalg.norm(x, axis=-1) * jnp.linalg.norm(before, axis=-1)
+  return jnp.minimum(jnp.sum(x * before, axis=-1) / jnp.maximum(norms, 1e-30), 1.0)
+
+
+def saturation(seen: Seen) -> jax.Array:
+  """1 - |x - before| / |x|: how little the layers since the last exit have moved the residual stream."""
+  x, before = seen.x.astype(jnp.float32), seen.previous_x.astype(jnp.float32)
+  return 1 - jnp.linalg.norm(x - before, axis=-1) / jnp.maximum(jnp.linalg.norm(x, axis=-1), 1e-30)
+
+
+def patience(seen: Seen) -> jax.Array:
+  """How many exits before this one, in a row, have predicted its token (PABEE): a whole number, not a share."""
+  if seen.previous_logits is None:
+    return jnp.zeros(seen.x.shape[:-1])
+  same = jnp.argmax(seen.logits, axis=-1) == jnp.argmax(seen.previous_logits, axis=-1)
+  return jnp.where(same, seen.agreed + 1, 0).astype(jnp.float32)
+
+
+SIGNALS = {
+  "max_probability": Signal(max_probability, True),
+  "margin": Signal(margin, True),
+  "entropy": Signal(entropy, True),
+  "stability": Signal(stability, True),
+  "patience": Signal(patience, True),
+  "cosine": Signal(cosine, False),
+  "saturation": Signal(saturation, False),
+}

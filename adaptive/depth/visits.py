@@ -1,0 +1,149 @@
+"""Which layers a token visits, and what those that stay away leave there for later tokens to attend to.
+
+A visit is one run of one layer; a layer that runs twice for a token is two visits, each with keys and values of its
+own: caches are keyed by (layer, visit). A token that stays away from a visit keeps its residual stream, and
+
+| rule      | its keys and values there are                                        | of |
+|-----------|----------------------------------------------------------------------|----|
+| `project` | the layer's own projections of the stream that it keeps              | CALM, SEC |
+| `copy`    | those of the last visit that it made                                 | Unified Layer Skipping, MuE |
+| `hole`    | none: no token attends to it                                         | Mixture-of-Depths, FiRST |
+
+Each rule has two faces that compute the same. `one_shot` runs whole rows: every token is computed, what stays away is
+masked, and it can be differentiated. `step` runs a few new tokens of each row on caches, and leaves a visit out, but
+for its keys, when none of the new tokens makes it.
+"""
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from adaptive.backbone import decoding
+from adaptive.backbone.attention import Context, LayerCache, write
+from adaptive.backbone.transformer import REMAT_POLICIES, Block, Params
+from adaptive.config import ModelConfig
+
+Rule = Literal["project", "copy", "hole"]
+
+
+class Cache(NamedTuple):
+  """Of one visit: keys and values [b, k, s, h]; which slots hold any, bool [b, s], or None where all past ones do."""
+
+  kv: LayerCache
+  held: jax.Array | None
+
+
+def key_value(config: ModelConfig, layer: Params, x: jax.Array, context: Context) -> LayerCache:
+  """A layer's keys and values of tokens [b, t, d], and nothing else of the layer."""
+  return Block(config).apply({"params": layer}, x, context, method="key_value")
+
+
+def nothing(config: ModelConfig, x: jax.Array) -> LayerCache:
+  """Keys and values [b, k, t, h] of tokens that have made no visit yet: zeros."""
+  shape = (x.shape[0], config.num_kv_heads, x.shape[1], config.head_size)
+  return LayerCache(jnp.zeros(shape, x.dtype), jnp.zeros(shape, x.dtype))
+
+
+def _where(active: jax.Array, new: LayerCache, old: LayerCache) -> LayerCache:
+  return jax.tree.map(lambda a, b: jnp.where(active[:, None, :, None], a, b), new, old)
+
+
+def one_shot(
+  config: ModelConfig, layers: Params, x: jax.Array, context: Context, active: jax.Array, rule: Rule, last: LayerCache
+) -> tuple[jax.Array, LayerCache]:
+  """One visit of each of some stacked layers, in order, by the active tokens of whole rows.
+
+  Args:
+    layers: parameters stacked [n, ...]. x: residual stream [b, t, d]. active: bool [b, t].
+    last: keys and values of each token's last visit, from `nothing` or from here; only `copy` needs them.
+
+  Returns:
+    The stream, where the inactive are as they were, and `last`.
+  """
+  block = Block(config, parent=None)
+
+  def layer(carry, weights):
+    x, last = carry
+    if rule == "copy":
+      last = _where(active, key_value(config, weights, x, context), last)
+      y, _ = block.apply({"params": weights}, x, context._replace(slots=None), last)
+    else:
+      seen = context if rule == "project" else context._replace(mask=context.mask & visible(active))
+      y, _ = block.apply({"params": weights}, x, seen)
+    return (jnp.where(active[..., None], y, x), last), None
+
+  if config.remat != "none":
+    layer = jax.checkpoint(layer, policy=REMAT_POLICIES[config.remat])
+  number = jax.tree.leaves(layers)[0].shape[0]
+  return jax.lax.scan(layer, (x, last), layers, unroll=config.unroll(number))[0] if number else (x, last)
+
+
+def visible(active: jax.Array) -> jax.Array:
+  """Keys that a hole leaves, bool [b, 1, t, t]: those of active tokens, and one's own, so that no softmax is empty."""
+  return (active[:, None, :] | jnp.eye(active.shape[1], dtype=bool)[None])[:, None]
+
+
+def empty(config: ModelConfig, rule: Rule, batch_size: int, slots: int) -> Cache:
+  """Of one visit, with nothing in it."""
+  held = jnp.zeros((batch_size, slots), bool) if rule == "hole" else None
+  return Cache(decoding.empty_layer(config, batch_size, slots), held)
+
+
+def step(
+  config: ModelConfig,
+  layers: Sequence[Params],
+  x: jax.Array,
+  context: Context,
+  active: jax.Array,
+  rule: Rule,
+  caches: Sequence[Cache],
+  last: LayerCache,
+) -> tuple[jax.Array, tuple[Cache, ...], LayerCache]:
+  """One visit of each of some layers by the active ones of a few new tokens [b, t, d]; what `one_shot` computes.
+
+  Args:
+    context: of the new tokens on the caches' slots, as `decoding.context_of` makes it.
+    active: bool [b, t]. Where none is, the layers are not run at all.
+  """
+
+  def run(x, caches, last):
+    after = []
+    for layer, cache in zip(layers, caches, strict=True):
+      x, cache, last = _visit(config, layer, x, context, active, rule, cache, last)
+      after.append(cache)
+    return x, tuple(after), last
+
+  def leave(x, caches, last):
+    if rule == "project":
+      left = [key_value(config, layer, x, context) for layer in layers]
+    elif rule == "copy":
+      left = [last] * len(layers)
+    else:
+      return x, caches, last
+    written = [write(cache.kv, _swap(kv), context.slots) for cache, kv in zip(caches, left)]
+    return x, tuple(cache._replace(kv=kv) for cache, kv in zip(caches, written)), last
+
+  return jax.lax.cond(jnp.any(active), run, leave, x, tuple(caches), last)
+
+
+def _swap(kv: LayerCache) -> LayerCache:
+  """[b, k, t, h] <-> [b, t, k, h], the order in which `write` takes new tokens."""
+  return jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 1, 2), kv)
+
+
+def _visit(config, layer, x, context: Context, active, rule: Rule, cache: Cache, last: LayerCache):
+  block, (kv, held) = Block(config), cache
+  if rule == "copy":
+    last = _where(active, key_value(config, layer, x, context), last)
+    kv = write(kv, _swap(last), context.slots)
+    y, kv = block.apply({"params": layer}, x, context._replace(slots=None), kv)
+  elif rule == "project":
+    y, kv = block.apply({"params": layer}, x, context, kv)
+  else:
+    slots = jnp.where(active, context.slots, held.shape[1])
+    held = jax.vmap(lambda row, slot: row.at[slot].set(True, mode="drop"))(held, slots)
+    mask = context.mask & held[:, None, None]
+    y, kv = block.apply({"params": layer}, x, context._replace(slots=slots, mask=mask), kv)
+  return jnp.where(active[..., None], y, x), Cache(kv, held), last

@@ -1,0 +1,264 @@
+"""Self-speculative decoding: a cheap part of a model drafts tokens, and the rest of it checks them all in one pass.
+
+LayerSkip (Elhoushi et al., arXiv 2404.16710, Section 4.3): the draft is an early exit; what it computed and its keys
+are kept, and only the layers above run to check. A draft may be any that `adaptive.depth.ladder` can make. Which one,
+and how many tokens, is fixed or chosen anew in every round (`adaptive.generation.drafts`).
+
+Greedy decoding gives the tokens of the model alone; sampling has its distribution (Leviathan et al., arXiv 2211.17192,
+Theorem 1). Every row accepts as many tokens as are right for it.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from adaptive.config import require
+from adaptive.depth.ladder import At, Cache, Ladder
+from adaptive.generation import loop
+from adaptive.generation.drafts import Chooser, Fixed
+from adaptive.generation.loop import Rows, Sampled
+from adaptive.generation.sampling import Sampling, probabilities, row_keys, sample
+from adaptive.methods.contract import Metrics, Params
+
+_PROBED = 32  # of a prompt's last tokens, from which drafts are first judged
+_DRAFT, _ACCEPT, _AGAIN = 1, 2, 3  # what a position's randomness is for
+
+
+class Drafted(NamedTuple):
+  """What a draft proposes after each row's newest token.
+
+  Attributes:
+    tokens: the newest token and the proposed ones, int32 [b, k + 1]. number: how many were proposed, int32 [].
+    states: residual stream of all of these at the draft's rung, [b, k + 1, d].
+    probs: that each proposed token was drawn from, [b, k, v]; empty where the likeliest is taken.
+    sure: probability of the likeliest token, [b, k].
+  """
+
+  tokens: jax.Array
+  number: jax.Array
+  states: jax.Array
+  probs: jax.Array
+  sure: jax.Array
+
+
+class SpeculativeGenerator(loop.Generator):
+  """Generates as `Generator` does, in rounds of a draft and a check.
+
+  Args:
+    ladder: of the model and its drafts. choice: which draft, and how many tokens, in a round.
+    Others as for `Generator`.
+  """
+
+  def __init__(
+    self,
+    ladder: Ladder,
+    vocab_size: int,
+    choice: Fixed | Chooser,
+    sampling: Sampling | None = None,
+    stop_tokens: Sequence[int] = (),
+    max_len: int | None = None,
+    mesh: Mesh | None = None,
+  ):
+    super().__init__(ladder, vocab_size, sampling, stop_tokens, max_len, mesh)
+    self._ladder, self._choice = ladder, choice
+    require(
+      isinstance(choice, Fixed) or not any(ladder.tails),
+      "drafts that have layers of their own cannot be changed from round to round: name one",
+    )
+    self._spare = 2 * (choice.most + 1)  # the host is one round late, and a round may overshoot
+
+  def _next(self, compile_next: Callable[..., Callable]) -> Callable:
+    """Picks the round's draft and its length, each pair a program that is compiled when first chosen."""
+    programs = {}
+
+    def following(*args):
+      draft, tokens, doubt = self._choice.choose()
+      if (draft, tokens) not in programs:
+        function = lambda *args: self._round(draft, tokens, *args)
+        programs[draft, tokens] = compile_next(function, np.float32(0))
+      return programs[draft, tokens](*args, np.float32(doubt))
+
+    return following
+
+  def _observe(self, sampled: Sampled) -> None:
+    self._choice.observe(sampled.metrics)
+
+  def _first(self, slots: int, params: Params, tokens, counts, numbers, seed) -> tuple[Cache, Rows, Sampled]:
+    ladder, drafts = self._ladder, self._choice.drafts
+    cache = ladder.empty_cache(len(tokens), slots)
+    at = At(jnp.zeros_like(counts), counts)
+    x, rungs = ladder.embed(params, tokens), {}
+    for stage in range(ladder.stages):
+      rungs[stage] = x
+      x, cache = ladder.climb(params, x, at, cache, stage, stage + 1)
+    for draft in drafts:
+      if ladder.tails[draft]:
+        _, cache = ladder.tail(params, draft, rungs[ladder.rungs[draft]], at, cache)
+    last = jnp.minimum(jnp.arange(-_PROBED, 0)[None] + counts[:, None], counts[:, None] - 1)
+    cut = lambda x: jnp.take_along_axis(x, jnp.maximum(last, 0)[:, :, None], axis=1)
+    logits = self._logits(params, len(ladder.rungs), cut(x))
+    agreed = self._agreement(
+      params, {stage: cut(rung) for stage, rung in rungs.items()}, jnp.argmax(logits, axis=-1), last >= 0
+    )
+    return cache, *self._sample(Rows(numbers, counts, counts, counts == 0), logits[:, -1], agreed, seed)
+
+  def _logits(self, params: Params, draft: int, x: jax.Array) -> jax.Array:
+    return self._ladder.head(params, draft, x)[..., : self._vocab_size]
+
+  def _agreement(self, params: Params, rungs: Mapping[int, jax.Array], likeliest, valid) -> Metrics:
+    """How often each draft's likeliest token is the model's, `agrees/<draft>`, over the valid of some positions.
+
+    Args:
+      rungs: residual stream before each stage, [b, n, d]. likeliest: the model's [b, n]. valid: bool [b, n].
+    """
+    if isinstance(self._choice, Fixed):
+      return {}
+    number = jnp.sum(valid, dtype=jnp.float32)
+    found = {}
+    for draft, rung in enumerate(self._ladder.rungs):
+      same = jnp.argmax(self._logits(params, draft, rungs[rung]), axis=-1) == likeliest
+      found[f"agrees/{draft}"] = jnp.sum(same & valid, dtype=jnp.float32), number
+    return found
+
+  def _round(self, draft: int, most: int, params: Params, cache: Cache, rows: Rows, stopped, seed, doubt):
+    """Up to `most` drafted tokens and the check of them: between one and most + 1 new tokens of each row."""
+    ladder, done = self._ladder, rows.done | stopped
+    live = (~done).astype(jnp.int32)
+    drafted, below, cache = self._draft(draft, most, params, cache, rows, live, seed, doubt)
+    at = At(rows.lengths, live * (drafted.number + 1))
+    x, rungs = drafted.states, dict(below)
+    for stage in range(ladder.rungs[draft], ladder.stages):
+      rungs[stage] = x
+      x, cache = ladder.climb(params, x, at, cache, stage, stage + 1)
+    logits = self._logits(params, len(ladder.rungs), x)
+    tokens, accepted = self._check(drafted, logits, rows, seed)
+    proposed = jnp.arange(most + 1)[None] <= accepted[:, None]
+    stops = jnp.isin(tokens, jnp.asarray(self._stop_tokens, jnp.int32)) & proposed
+    ends = jnp.any(stops, axis=1)
+    counts = live * jnp.where(ends, jnp.argmax(stops, axis=1) + 1, accepted + 1)
+    log_probs = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), tokens[..., None], axis=-1)[..., 0]
+    newest = jnp.take_along_axis(tokens, jnp.maximum(counts - 1, 0)[:, None], axis=1)[:, 0]
+    metrics = self._measured(drafted, accepted, counts, live)
+    right = proposed & (live > 0)[:, None] & (jnp.arange(most + 1)[None] <= drafted.number)
+    metrics |= self._agreement(params, rungs, jnp.argmax(logits, axis=-1), right)
+    after = rows._replace(
+      lengths=rows.lengths + counts, newest=jnp.where(live > 0, newest, rows.newest), done=done | ends
+    )
+    return cache, after, Sampled(tokens, log_probs, counts, metrics)
+
+  def _draft(self, draft: int, most: int, params: Params, cache: Cache, rows: Rows, live, seed, doubt):
+    """Tokens one after the other, until there are `most` or no row is sure of its last; and the states below the rung.
+
+    Returns:
+      What was drafted, the streams at the rungs below the draft's by stage, [b, most + 1, d], and the cache.
+    """
+    ladder, rung = self._ladder, self._ladder.rungs[draft]
+    below = range(rung) if not isinstance(self._choice, Fixed) else ()
+    room = jax.eval_shape(ladder.embed, params, jnp.zeros((len(live), most + 1), jnp.int32))
+    blank = jnp.zeros(room.shape, room.dtype)
+    wide = self._vocab_size if self._sampling.temperature else 0
+    start = Drafted(
+      tokens=jnp.zeros((len(live), most + 1), jnp.int32).at[:, 0].set(rows.newest),
+      number=jnp.int32(0),
+      states=blank,
+      probs=jnp.zeros((len(live), most, wide), jnp.float32),
+      sure=jnp.zeros((len(live), most), jnp.float32),
+    )
+
+    def run(i, tokens, cache, kept):
+      """The draft's layers on the token at i."""
+      at = At(rows.lengths + i, live)
+      x = ladder.embed(params, jax.lax.dynamic_slice_in_dim(tokens, i, 1, axis=1))
+      for stage in range(rung):
+        if kept:
+          kept = {**kept, stage: jax.lax.dynamic_update_slice_in_dim(kept[stage], x, i, axis=1)}
+        x, cache = ladder.climb(params, x, at, cache, stage, stage + 1)
+      y = x
+      if ladder.tails[draft]:
+        y, cache = ladder.tail(params, draft, x, at, cache)
+      return x, y, cache, kept
+
+    def sure_enough(carry):
+      drafted, _, _ = carry
+      last = drafted.sure[:, jnp.maximum(drafted.number - 1, 0)]
+      return (drafted.number < most) & ((drafted.number == 0) | jnp.any((last >= doubt) & (live > 0)))
+
+    def propose(carry):
+      drafted, cache, kept = carry
+      i = drafted.number
+      x, y, cache, kept = run(i, drafted.tokens, cache, kept)
+      logits = self._logits(params, draft, y)[:, 0]
+      token, probs = self._propose(logits, rows, rows.lengths + i + 1, seed)
+      put = lambda array, value: jax.lax.dynamic_update_slice_in_dim(
+        array, value[:, None].astype(array.dtype), i, axis=1
+      )
+      sure = jnp.exp(jnp.max(logits, axis=-1) - jax.nn.logsumexp(logits, axis=-1))
+      tokens = jax.lax.dynamic_update_slice_in_dim(drafted.tokens, token[:, None], i + 1, axis=1)
+      drafted = Drafted(tokens, i + 1, put(drafted.states, x[:, 0]), put(drafted.probs, probs), put(drafted.sure, sure))
+      return drafted, cache, kept
+
+    drafted, cache, kept = jax.lax.while_loop(sure_enough, propose, (start, cache, dict.fromkeys(below, blank)))
+    # The last drafted token is run too: its state is what the token after it is drawn from, if all are accepted.
+    x, _, cache, kept = run(drafted.number, drafted.tokens, cache, kept)
+    states = jax.lax.dynamic_update_slice_in_dim(drafted.states, x, drafted.number, axis=1)
+    return drafted._replace(states=states), kept, cache
+
+  def _propose(self, logits: jax.Array, rows: Rows, positions: jax.Array, seed) -> tuple[jax.Array, jax.Array]:
+    """A token for each row, [b], and what it was drawn from, [b, v], or [b, 0] where the likeliest is taken."""
+    if self._sampling.temperature == 0:
+      return jnp.argmax(logits, axis=-1).astype(jnp.int32), jnp.zeros((len(logits), 0))
+    keys = _keys(seed, rows, positions, _DRAFT)
+    return sample(logits, keys, self._sampling)[0], probabilities(logits, self._sampling)
+
+  def _check(self, drafted: Drafted, logits: jax.Array, rows: Rows, seed) -> tuple[jax.Array, jax.Array]:
+    """The tokens of the round, int32 [b, k + 1], and how many of them are the draft's, int32 [b]; one more is right.
+
+    Args:
+      logits: the model's after each of the drafted tokens and the one before them, [b, k + 1, v].
+    """
+    most = logits.shape[1] - 1
+    proposed = drafted.tokens[:, 1:]
+    within = jnp.arange(most)[None] < drafted.number
+    leading = lambda right: jnp.sum(jnp.cumprod((right & within).astype(jnp.int32), axis=1), axis=1)
+    if self._sampling.temperature == 0:
+      wanted = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+      return wanted, leading(wanted[:, :-1] == proposed)
+    at = rows.lengths[:, None] + 1 + jnp.arange(most + 1)[None]
+    flat = logits.reshape(-1, logits.shape[-1])
+    probs = probabilities(flat, self._sampling).reshape(logits.shape)
+    keys = jax.vmap(lambda positions: _keys(seed, rows, positions, _ACCEPT), 1, 1)(at[:, :-1])
+    draws = jax.vmap(jax.vmap(jax.random.uniform))(keys)
+    picked = lambda p: jnp.take_along_axis(p, proposed[..., None], axis=-1)[..., 0]
+    accepted = leading(draws * picked(drafted.probs) < picked(probs[:, :-1]))
+    # At the first refused token, what the model has more of than the draft; after the last accepted one, the model's.
+    drawn_from = jnp.pad(drafted.probs * within[..., None], ((0, 0), (0, 1), (0, 0)))
+    here = lambda x: jnp.take_along_axis(x, accepted[:, None, None], axis=1)[:, 0]
+    rest = jnp.maximum(here(probs) - here(drawn_from), 0.0)
+    rest = jnp.where(jnp.sum(rest, axis=-1, keepdims=True) > 0, rest, here(probs))  # equal, but for rounding
+    again = _keys(seed, rows, rows.lengths + 1 + accepted, _AGAIN)
+    extra = jax.vmap(jax.random.categorical)(again, jnp.log(rest)).astype(jnp.int32)
+    tokens = jnp.pad(proposed, ((0, 0), (0, 1)))
+    return jnp.where(jnp.arange(most + 1)[None] == accepted[:, None], extra[:, None], tokens), accepted
+
+  def _measured(self, drafted: Drafted, accepted: jax.Array, counts: jax.Array, live: jax.Array) -> Metrics:
+    """Share of drafted tokens that were accepted, tokens of a round, how sure drafts were of right and wrong ones."""
+    rounds = jnp.sum(live, dtype=jnp.float32)
+    total = lambda x: jnp.sum(x, dtype=jnp.float32)
+    position = jnp.arange(drafted.sure.shape[1])[None]
+    seen = (position < drafted.number) & (live > 0)[:, None]
+    right, wrong = seen & (position < accepted[:, None]), seen & (position == accepted[:, None])
+    return {
+      "accepted": (total(accepted * live), drafted.number * rounds),
+      "tokens_per_round": (total(counts), rounds),
+      "sure_if_right": (total(drafted.sure * right), total(right)),
+      "sure_if_wrong": (total(drafted.sure * wrong), total(wrong)),
+    }
+
+
+def _keys(seed: jax.Array, rows: Rows, positions: jax.Array, purpose: int) -> jax.Array:
+  """Keys [b] for a purpose, of a position in each row."""
+  return jax.vmap(lambda key: jax.random.fold_in(key, purpose))(row_keys(seed, rows.numbers, positions))

@@ -1,0 +1,164 @@
+"""Early exit: heads at several depths, trained together; a token leaves at the first where the model is sure enough.
+
+BranchyNet (Teerapittayanon et al., arXiv 1709.01686): losses of all branches, weighted, trained jointly. EE-LLM (Chen
+et al., arXiv 2312.04916): exits of a language model with heads of their own, and weights that warm up; training the
+heads alone on a trained model is its EE-Tuning (arXiv 2402.00518). CALM (Schuster et al., arXiv 2207.07061): one head
+for all exits, weights that grow with depth, thresholds that decay, and keys of the layers that a token did not run
+projected from the stream with which it left. How a trained model leaves is `method.exit`, `adaptive.depth.exits`.
+
+Departures, with reasons:
+- a token leaves where its signal is strictly above the threshold (in CALM and EE-LLM at equality too, so that a
+  threshold of 1 is passed where a softmax rounds to 1);
+- what is projected is the stream at the exit (CALM's released decoding projects that of the first exit);
+- signals are of each token by itself (CALM's released cosine is over the whole batch);
+- the loss is a weighted mean, not a sum, so that a learning rate fits whatever the number of exits.
+"""
+
+import dataclasses
+from typing import Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from adaptive import cost as costs
+from adaptive import executors
+from adaptive.backbone.layers import param
+from adaptive.backbone.transformer import Batch, Transformer
+from adaptive.config import ModelConfig, require, require_range
+from adaptive.depth import exits as exiting
+from adaptive.depth import objectives
+from adaptive.methods.contract import Metrics, Params
+from adaptive.methods.defaults import batch_parts, control, diagnose, init_from, static_choice, ticker
+from adaptive.methods.exiting import cost, decoder, extract, forward, ladder, sample, submodels
+
+__all__ = [
+  "Config", "batch_parts", "build", "control", "cost", "decoder", "diagnose", "extract", "forward", "init_from",
+  "ladder", "learning_rates", "loss", "sample", "static_choice", "submodels", "ticker", "update_flops",
+]  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """Settings of early exit.
+
+  Attributes:
+    exits: numbers of layers after which a head is trained, increasing; the model's own last exit is always there.
+    heads: `shared`: all use the model's norm and head (CALM). `own`: each but the last has a norm and a matrix.
+    weights: of the losses: `equal`, or in proportion to depth, `linear` (CALM), or to 2^depth, `exponential`.
+    listed_weights: instead, one number for each exit, the last included (BranchyNet, EE-LLM).
+    warmup_steps: the weights of all but the last grow from 0 in so many steps, linearly (EE-LLM).
+    heads_only: everything but the exits' own heads stays as it is (EE-Tuning); needs `own` and a trained model to begin
+      with (`training.init_from`).
+    exit: how the trained model leaves.
+  """
+
+  exits: tuple[int, ...] = ()
+  heads: Literal["shared", "own"] = "shared"
+  weights: Literal["equal", "linear", "exponential"] = "linear"
+  listed_weights: tuple[float, ...] = ()
+  warmup_steps: int = 0
+  heads_only: bool = False
+  exit: exiting.Exiting = exiting.DEFAULT
+
+  def __post_init__(self):
+    require_range(self, "method.", "warmup_steps", 0)
+    require(not self.heads_only or self.heads == "own", "method.heads_only needs method.heads='own'")
+
+
+class ExitHeads(nn.Module):
+  """Declares a norm and a matrix [d, v] for each of several exits, stacked."""
+
+  config: ModelConfig
+  number: int
+
+  @nn.compact
+  def __call__(self) -> None:
+    c = self.config
+    param(self, "scale", nn.initializers.ones, (self.number, c.d_model), ("layers", "embed"))
+    shape, axes = (self.number, c.d_model, c.vocab_size), ("layers", "embed", "vocab")
+    param(self, "matrix", nn.initializers.normal(c.init_std), shape, axes)
+
+
+class EarlyExit(Transformer):
+  """The backbone's parameters, and `exit_heads` where exits have their own."""
+
+  method: Config = Config()
+
+  def setup(self):
+    super().setup()
+    if self.method.heads == "own" and len(self.trained) > 1:
+      self.exit_heads = ExitHeads(self.config, len(self.trained) - 1)
+
+  @property
+  def trained(self) -> tuple[int, ...]:
+    """Depths with a trained head, the model's own included."""
+    return tuple(sorted({*self.method.exits, self.config.num_layers}))
+
+  @property
+  def exits(self) -> exiting.Exits:
+    depths = exiting.check(self.config, self.method.exit, self.method.exits)
+    return exiting.Exits(self.clone(parent=None), self.method.exit, depths, self._own)
+
+  def _own(self, params: Params, depth: int) -> Params | None:
+    if self.method.heads == "shared" or depth == self.config.num_layers:
+      return None
+    return jax.tree.map(lambda leaf: leaf[self.trained.index(depth)], params["exit_heads"])
+
+  def __call__(self, batch: Batch) -> jax.Array:
+    """Float32 logits [b, t, v] of the full model."""
+    if self.is_initializing() and self.method.heads == "own" and len(self.trained) > 1:
+      self.exit_heads()
+    return super().__call__(batch)
+
+
+def build(model_config: ModelConfig, config: Config) -> EarlyExit:
+  require(bool(config.exits), "method.exits is empty: name the numbers of layers after which a token may leave")
+  model = EarlyExit(model_config, method=config)
+  exiting.check(model_config, config.exit, config.exits)  # refuses what cannot be
+  given = config.listed_weights
+  require(
+    not given or (len(given) == len(model.trained) and min(given) >= 0 and given[-1] > 0),
+    f"method.listed_weights={given} must be {len(model.trained)} numbers, not negative, the last positive",
+  )
+  return model
+
+
+def weights_at(model: EarlyExit, step: jax.Array) -> jax.Array:
+  """Of the exits' losses at a step, [e], the last exit's 1 at most once all are normalised."""
+  depths = np.array(model.trained, np.float64)
+  kinds = {"equal": np.ones_like(depths), "linear": depths, "exponential": 2.0 ** (depths - depths[-1])}
+  weights = np.array(model.method.listed_weights) if model.method.listed_weights else kinds[model.method.weights]
+  ramp = jnp.minimum(step / model.method.warmup_steps, 1.0) if model.method.warmup_steps else 1.0
+  return jnp.asarray(weights, jnp.float32) * jnp.where(np.arange(len(depths)) < len(depths) - 1, ramp, 1.0)
+
+
+def loss(model: EarlyExit, params: Params, batch: Batch, choice, key, step) -> tuple[jax.Array, Metrics]:
+  """Weighted mean over exits of the next-token cross entropy."""
+  hidden, eps = executors.exits(model.config, params, batch, model.trained), model.config.norm_eps
+  shared = lambda _, x: model.apply({"params": params}, x, method="head")
+  if model.method.heads == "own" and len(model.trained) > 1:
+    early = objectives.exit_losses(
+      lambda own, x: exiting.norm_and_matrix(x, own["scale"], own["matrix"], eps),
+      params["exit_heads"],
+      hidden[:-1],
+      batch,
+    )
+    last = objectives.exit_losses(shared, None, hidden[-1:], batch)
+    pairs = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), early, last)
+  else:
+    pairs = objectives.exit_losses(shared, None, hidden, batch)
+  each = {f"loss/{depth}": jax.tree.map(lambda x, i=i: x[i], pairs) for i, depth in enumerate(model.trained)}
+  return objectives.weighted(pairs, weights_at(model, step)), {"loss": each.pop(f"loss/{model.trained[-1]}"), **each}
+
+
+def learning_rates(model: EarlyExit) -> dict[str, float]:
+  """EE-Tuning freezes all but the exits' heads."""
+  return dict.fromkeys(("embedding", "layers", "final_norm"), 0.0) if model.method.heads_only else {}
+
+
+def update_flops(model: EarlyExit, choice: tuple[int, ...], seq_len: int) -> float:
+  """One forward pass through all layers, and a head at every exit."""
+  full = costs.dense_cost(model.config, seq_len).flops_per_token
+  return costs.update_flops(full + (len(model.trained) - 1) * costs.head_flops(model.config))

@@ -1,0 +1,88 @@
+"""The functions of the contract for models that tokens leave at exits; a method's module imports those that fit it.
+
+The model has a property `exits`, of the type `adaptive.depth.exits.Exits`.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+
+from adaptive import cost as costs
+from adaptive import subnet
+from adaptive.backbone import decoding
+from adaptive.backbone.transformer import Transformer
+from adaptive.config import ModelConfig, require
+from adaptive.depth import exits as parts
+from adaptive.depth import ladder as ladders
+from adaptive.methods.contract import Batch, Decoder, Metrics, Output, Params, SubModel, check_index
+
+__all__ = ["cost", "decoder", "extract", "forward", "ladder", "sample", "submodels"]
+
+
+def _rule(model: nn.Module, submodel: SubModel) -> parts.Rule:
+  return parts.rules(model.exits)[submodel.dial]
+
+
+def submodels(model: nn.Module) -> tuple[SubModel, ...]:
+  """Every exit as a fixed depth; every threshold; the full model last."""
+  return tuple(SubModel(dial) for dial in parts.rules(model.exits))
+
+
+def sample(model: nn.Module, seed: int, step: int) -> tuple[int, ...]:
+  """One loss trains all exits: the choice is always the full model."""
+  return (len(submodels(model)) - 1,)
+
+
+def forward(model: nn.Module, params: Params, batch: Batch, index: int | jax.Array) -> Output:
+  """Logits of the exit where each token leaves; a fixed depth is cut out when the index is an int."""
+  rules = list(parts.rules(model.exits).values())
+  check_index(index, len(rules))
+  if isinstance(index, int) and parts.fixed(rules[index]):
+    config, small = extract(model, params, submodels(model)[index])
+    return Output(Transformer(config).apply({"params": small}, batch), {})
+  return Output(*parts.one_shot(model.exits, params, batch, parts.choose(rules, index)))
+
+
+def cost(model: nn.Module, submodel: SubModel, seq_len: int, realised: Metrics) -> costs.Cost:
+  return parts.cost(model.exits, _rule(model, submodel), seq_len, realised)
+
+
+def extract(model: nn.Module, params: Params, submodel: SubModel) -> tuple[ModelConfig, Params] | None:
+  """A fixed depth as a dense model, with the exit's own head where it has one; None for thresholds."""
+  rule = _rule(model, submodel)
+  if not parts.fixed(rule):
+    return None
+  own = model.exits.own(params, rule.depth)
+  params = {name: params[name] for name in ("embedding", "layers", "final_norm")}
+  part = subnet.prefix(model.config, rule.depth)
+  config, small = subnet.config_of(model.config, part), subnet.extract(model.config, params, part)
+  if own is None:
+    return config, small
+  table = {"table": small["embedding"]["table"], "head": own["matrix"]}
+  small |= {"embedding": table, "final_norm": {"scale": own["scale"]}}
+  return dataclasses.replace(config, tied_embeddings=False), small
+
+
+def decoder(model: nn.Module, params: Params, submodel: SubModel) -> Decoder:
+  """A fixed depth is a dense model; with thresholds, layers that no row needs are left out."""
+  found = extract(model, params, submodel)
+  if found is not None:
+    return Decoder(*decoding.dense(*found))
+  return Decoder(*parts.decoder(model.exits, params, _rule(model, submodel)))
+
+
+def ladder(model: nn.Module, params: Params, drafts: Sequence[SubModel] | None) -> ladders.Ladder:
+  """Any exit at a fixed depth may draft."""
+  exits, full = model.exits, model.config.num_layers
+  wanted = submodels(model)[:-1] if drafts is None else drafts
+  rules = [_rule(model, submodel) for submodel in wanted]
+  for submodel, rule in zip(wanted, rules):
+    require(
+      drafts is None or parts.fixed(rule), f"{submodel.name} leaves where it is sure: only a fixed depth can draft"
+    )
+  depths = sorted({rule.depth for rule in rules if parts.fixed(rule)})
+  which = [*map(exits.depths.index, depths), len(exits.depths) - 1]
+  head = lambda params, draft, x: exits.head(params, which[draft], x)
+  return ladders.of_paths(model.config, params, range(full), [range(depth) for depth in depths], head)

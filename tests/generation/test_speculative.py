@@ -1,0 +1,231 @@
+"""Self-speculation gives what the model alone gives: token for token when greedy, in distribution when sampling."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from adaptive.config import ConfigError
+from adaptive.generation.drafts import Chooser, Fixed, tokens_per_layer
+from adaptive.generation.loop import Generator
+from adaptive.generation.sampling import Sampling
+from adaptive.generation.speculative import SpeculativeGenerator
+from adaptive.methods import METHODS
+
+CONFIG, VOCAB = tiny.model_config(), 30
+GREEDY = Sampling(temperature=0)
+PROMPTS = [[3, 1, 4, 1, 5], [9], [2, 6, 5, 3, 5, 8, 9, 7, 9, 3]]
+SETTINGS = {
+  "early_exit": dict(exits=(1, 3), heads="own"),
+  "layer_skip": {},
+  "sorted_net": dict(depths=(1, 2, 4)),
+  "recursive": dict(num_recursions=2, sharing="middle_cycle"),
+}
+
+
+@functools.cache
+def family(name, close=True):
+  """Method, model and parameters. Where close, the later layers change little, so that drafts are often right."""
+  method = METHODS[name]
+  model = method.build(CONFIG, method.Config(**SETTINGS[name]))
+  params = tiny.random_params(model)
+  if close:
+    damp = np.where(np.arange(jax.tree.leaves(params["layers"])[0].shape[0]) > 0, 0.15, 1.0).astype(np.float32)
+    layers = params["layers"]
+    for part, leaf in (("attention", "out"), ("mlp", "down")):
+      weight = layers[part][leaf]
+      layers = {**layers, part: {**layers[part], leaf: weight * damp.reshape(-1, *[1] * (weight.ndim - 1))}}
+    params = {**params, "layers": layers}
+  return method, model, params
+
+
+def plain(name, sampling=GREEDY, stop_tokens=(), close=True):
+  method, model, params = family(name, close)
+  return Generator(method.decoder(model, params, method.submodels(model)[-1]), VOCAB, sampling, stop_tokens)
+
+
+def speculative(name, draft, tokens, sampling=GREEDY, stop_tokens=(), close=True, mesh=None):
+  method, model, params = family(name, close)
+  ladder = method.ladder(model, params, [method.submodels(model)[draft]])
+  return SpeculativeGenerator(ladder, VOCAB, Fixed(0, tokens), sampling, stop_tokens, mesh=mesh)
+
+
+DRAFTS = [
+  ("early_exit", 0),
+  ("early_exit", 1),
+  ("layer_skip", 0),
+  ("layer_skip", 2),
+  ("sorted_net", 1),
+  ("recursive", 0),
+]
+
+
+@pytest.mark.parametrize(("name", "draft"), DRAFTS)
+@pytest.mark.parametrize("close", [True, False])
+def test_greedy_rounds_give_the_tokens_of_the_model_alone(name, draft, close):
+  want = plain(name, close=close)(PROMPTS, 20)
+  found = speculative(name, draft, 3, close=close)(PROMPTS, 20)
+  assert found.tokens == want.tokens
+  np.testing.assert_allclose(np.array(found.log_probs), np.array(want.log_probs), atol=1e-4)
+  accepted, proposed = found.metrics["accepted"]
+  assert 0 <= accepted <= proposed
+  if close and name != "early_exit":  # whose own heads are random
+    assert accepted > 0
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 7])
+def test_any_number_of_drafted_tokens_gives_the_same(tokens):
+  want = plain("layer_skip")(PROMPTS, 17)
+  found = speculative("layer_skip", 1, tokens)(PROMPTS, 17)
+  assert found.tokens == want.tokens
+
+
+def test_a_batch_gives_each_row_what_it_gets_alone():
+  together = speculative("layer_skip", 1, 4)
+  rows = together(PROMPTS, 12).tokens
+  assert [together([prompt], 12).tokens[0] for prompt in PROMPTS] == rows
+
+
+def test_a_stop_token_ends_a_row_in_the_midst_of_a_round():
+  free = plain("layer_skip")(PROMPTS, 20).tokens
+  stops = (free[0][4], free[2][7])
+  want = plain("layer_skip", stop_tokens=stops)(PROMPTS, 20).tokens
+  assert speculative("layer_skip", 1, 5, stop_tokens=stops)(PROMPTS, 20).tokens == want
+  assert {len(row) for row in want} != {20}
+
+
+def test_watching_ends_a_row_and_leaves_the_others_as_they_are():
+  seen = []
+
+  def watch(row, token):
+    seen.append((row, token))
+    return row == 1 and sum(r == 1 for r, _ in seen) == 3
+
+  want = plain("layer_skip")(PROMPTS, 15).tokens
+  found = speculative("layer_skip", 1, 4)(PROMPTS, 15, watch=watch).tokens
+  assert found == [want[0], want[1][:3], want[2]]
+  assert [token for row, token in seen if row == 2] == want[2]
+
+
+def test_the_acceptance_is_how_often_the_draft_agrees_on_what_is_accepted():
+  method, model, params = family("layer_skip")
+  found = speculative("layer_skip", 0, 1)(PROMPTS[:1], 20)
+  agrees, at = 0, len(PROMPTS[0]) + 1  # the first new token comes from the prompt
+  tokens = PROMPTS[0] + found.tokens[0]
+  draft = Generator(method.decoder(model, params, method.submodels(model)[0]), VOCAB, GREEDY)
+  rounds = 0
+  while at < len(tokens):
+    rounds += 1
+    right = draft([tokens[:at]], 1).tokens[0][0] == tokens[at]
+    agrees += right
+    at += 1 + right
+  accepted, proposed = found.metrics["accepted"]
+  # The host is one round late, so the device may have begun one or two more.
+  assert rounds <= proposed <= rounds + 2
+  assert agrees <= accepted <= agrees + 2
+
+
+@pytest.mark.parametrize("sampling", [Sampling(temperature=1.0), Sampling(temperature=0.7, top_k=6, top_p=0.9)])
+def test_sampling_has_the_distribution_of_the_model_alone(sampling):
+  """Chi-squared over the pairs of the second and third new token, of many rows with one prompt."""
+  rows, prompt = 3000, [3, 1, 4]
+  draw = lambda generator: np.array(generator([prompt] * rows, 4, seed=5).tokens)
+  many, few = draw(plain("layer_skip", sampling)), draw(speculative("layer_skip", 0, 2, sampling))
+  for column in (1, 2, 3):
+    a, b = (np.bincount(x[:, column], minlength=VOCAB) for x in (many, few))
+    used = a + b >= 10
+    statistic = np.sum((a - b)[used] ** 2 / (a + b)[used])
+    freedom = used.sum() - 1
+    assert statistic < freedom + 5 * np.sqrt(2 * freedom), (column, statistic, freedom)
+  assert not np.array_equal(many[:, 1:], few[:, 1:])  # other randomness, same distribution
+
+
+def test_rows_on_a_mesh_say_the_same():
+  mesh = tiny.mesh(data=4, tensor=2)
+  method, model, params = family("layer_skip")
+  spread, _ = tiny.spread(model, params, tiny.packed_batch(CONFIG, rows=8), mesh)
+  ladder = method.ladder(model, spread, [method.submodels(model)[1]])
+  found = SpeculativeGenerator(ladder, VOCAB, Fixed(0, 3), GREEDY, mesh=mesh)(PROMPTS, 10)
+  assert found.tokens == plain("layer_skip")(PROMPTS, 10).tokens
+
+
+class _Anything:
+  """Any sequence of drafts and lengths, with and without stopping early."""
+
+  most, drafts = 5, (0, 1, 2)
+
+  def __init__(self, seed):
+    self._rng, self.seen = np.random.default_rng(seed), []
+
+  def choose(self):
+    return int(self._rng.integers(3)), int(self._rng.choice([1, 3, 5])), float(self._rng.choice([0.0, 0.2, 0.6]))
+
+  def observe(self, metrics):
+    self.seen.append(metrics)
+
+
+def test_any_sequence_of_choices_gives_the_same_tokens():
+  method, model, params = family("layer_skip")
+  choice = _Anything(0)
+  found = SpeculativeGenerator(method.ladder(model, params, None), VOCAB, choice, GREEDY)(PROMPTS, 25)
+  assert found.tokens == plain("layer_skip")(PROMPTS, 25).tokens
+  counted = [metrics["agrees/1"] for metrics in choice.seen]
+  assert all(0 <= agreed <= seen for agreed, seen in counted)
+
+
+def test_the_chooser_learns_how_often_each_exit_is_right():
+  """Its counts are those of the draft's decoder on the same positions, found one by one."""
+  method, model, params = family("layer_skip")
+  ladder = method.ladder(model, params, None)
+  chooser = Chooser(ladder.layers[:-1], ladder.layers[-1], lengths=(1, 3), decay=1.0)
+  found = SpeculativeGenerator(ladder, VOCAB, chooser, GREEDY)(PROMPTS[:1], 25)
+  assert found.tokens == plain("layer_skip")(PROMPTS[:1], 25).tokens
+  full = plain("layer_skip")(PROMPTS[:1], 40)
+  tokens = PROMPTS[0] + full.tokens[0]
+  alone = plain("layer_skip")
+  for which in range(3):
+    draft = Generator(method.decoder(model, params, method.submodels(model)[which]), VOCAB, GREEDY)
+    same = [draft([tokens[:at]], 1).tokens[0][0] == alone([tokens[:at]], 1).tokens[0][0] for at in range(1, 46)]
+    seen = int(chooser._seen[which])
+    # Of the prompt all positions, the last of which is where the first new token comes from; then one after the other.
+    assert 5 + 20 <= seen <= 45
+    assert chooser._agreed[which] == sum(same[:seen])
+
+
+def test_the_choice_is_the_best_by_simulated_throughput():
+  rates, layers, full = np.array([0.3, 0.7, 0.9]), np.array([1, 3, 6]), 8
+  rng = np.random.default_rng(0)
+  chooser = Chooser(layers, full, lengths=(1, 2, 4, 8), decay=1.0)
+  chooser._agreed, chooser._seen = rates * 1e6, np.full(3, 1e6)
+
+  def simulated(rate, length, cost):
+    right = rng.random((20000, length)) < rate
+    return (1 + np.cumprod(right, axis=1).sum(axis=1)).mean() / (length * cost + full)
+
+  table = {(e, d): simulated(rates[e], d, layers[e]) for e in range(3) for d in (1, 2, 4, 8)}
+  draft, tokens, doubt = chooser.choose()
+  assert table[draft, tokens] > 0.98 * max(table.values())
+  assert doubt == 0.0
+  assert tokens_per_layer(0.5, 1, 2, 8) == pytest.approx(1.5 / 10)
+
+
+def test_old_counts_fade_and_doubt_is_midway():
+  chooser = Chooser((1, 2), 4, decay=0.5)
+  for agreed in (4.0, 0.0):
+    chooser.observe({"agrees/0": (agreed, 4.0), "agrees/1": (2.0, 4.0)})
+  np.testing.assert_allclose(chooser.rates, [(2.0 + 0.5) / (6 + 1), (3 + 0.5) / (6 + 1)])
+  chooser.observe({"agrees/0": (0, 0), "agrees/1": (0, 0), "sure_if_right": (1.8, 2.0), "sure_if_wrong": (0.5, 1.0)})
+  assert chooser.choose()[2] == pytest.approx((0.9 + 0.5) / 2)
+
+
+def test_drafts_that_cannot_be_are_refused():
+  method, model, params = family("layer_skip")
+  with pytest.raises(ConfigError, match="only a fixed depth"):
+    method.ladder(model, params, [s for s in method.submodels(model) if "threshold" in s.name][:1])
+  method, model, params = family("recursive")
+  with pytest.raises(ConfigError, match="layers of their own"):
+    SpeculativeGenerator(method.ladder(model, params, None), VOCAB, Chooser((1,), 4), GREEDY)
+  with pytest.raises(ConfigError, match="at least 1"):
+    Fixed(0, 0)
