@@ -2,6 +2,7 @@
 
 python generate.py --workdir=runs/demo --prompt='def __init__(self' --submodel=depth=3,d_ff=128
 python generate.py --workdir=runs/demo --prompt='import ' --prompt='class ' --temperature=0 --max_new_tokens=40
+python generate.py --workdir=runs/early_exit --prompt='import ' --draft=depth=2
 """
 
 from absl import flags
@@ -24,6 +25,13 @@ _SLOTS = flags.DEFINE_integer(
   "Depth-wise batching of Mixture-of-Recursions: prompts under way at a time, each token at its own depth; --stop then "
   "shortens what is shown, not the work.",
 )
+_DRAFT = flags.DEFINE_string(
+  "draft",
+  None,
+  "Self-speculative decoding: the sub-model that drafts tokens for the full one, such as depth=2, or 'auto': the best "
+  "of all, chosen anew in every round.",
+)
+_DRAFT_TOKENS = flags.DEFINE_integer("draft_tokens", 6, "Tokens that --draft proposes in a round.")
 _STOP = flags.DEFINE_string("stop", "", "A continuation ends before this text.")
 
 
@@ -49,6 +57,8 @@ def main(argv: list[str]) -> None:
     seed=_SEED.value,
     stop=_STOP.value,
     slots=_SLOTS.value,
+    draft=_DRAFT.value,
+    draft_tokens=_DRAFT_TOKENS.value,
   )
   completion.complete(_WORKDIR.value, request)
 

@@ -38,6 +38,7 @@ class Exiting:
     decay: CALM's lower thresholds for later tokens, threshold * (1 - decay + decay e^(-rate position / decay_length));
       0 is none, the paper takes 0.1. decay_rate: `rate`; 4 in the paper. decay_length: tokens.
     kv: what later tokens attend to in layers that a token did not run.
+    wait: with `exact`, how many tokens of a row may wait below layers that they did not run (`adaptive.depth.lazy`).
   """
 
   depths: tuple[int, ...] = ()
@@ -50,6 +51,7 @@ class Exiting:
   decay_rate: float = 4.0
   decay_length: int = 512
   kv: KeyValues = "project"
+  wait: int = 8
 
 
 DEFAULT = Exiting()
@@ -119,6 +121,7 @@ def check(config: ModelConfig, how: Exiting, trained: Sequence[int]) -> tuple[in
     f"method.exit.per_exit has {len(how.per_exit)} thresholds, which is no multiple of {early} early exits",
   )
   require(0 <= how.decay < 1, f"method.exit.decay={how.decay} must be at least 0 and less than 1")
+  require(how.wait >= 1, f"method.exit.wait={how.wait} must be at least 1")
   require(how.decay_length > 0, f"method.exit.decay_length={how.decay_length} must be more than 0")
   return depths
 
@@ -240,7 +243,20 @@ def one_shot(exits: Exits, params: Params, batch: Batch, rule: Rule) -> tuple[ja
 
   everyone = jnp.ones(x.shape[:2], bool)  # padding too, which nobody sees, as in the plain model
   logits, ran, _ = leave(exits, params, x, batch["positions"], everyone, rule, run, visits.nothing(config, x))
-  return logits, realised(exits, ran, batch["segment_ids"] > 0)
+  found = realised(exits, ran, batch["segment_ids"] > 0)
+  if kv == "exact":
+    found["layer_tokens"] = lazy_layers(exits, ran, batch["segment_ids"]), found["layers"][1]
+  return logits, found
+
+
+def lazy_layers(exits: Exits, ran: Sequence[jax.Array], segment_ids: jax.Array) -> jax.Array:
+  """Layers run by lazy resume, summed over tokens: each as deep as it or a later one of its document goes."""
+  depth = sum((stop - start) * some.astype(jnp.int32) for (start, stop), some in zip(exits.segments, ran))
+  # Documents follow each other, so the deepest from here on is in one's own if every earlier document stands higher.
+  order = jnp.where(segment_ids > 0, segment_ids, jnp.max(segment_ids) + 1)  # padding is last
+  above = (exits.depths[-1] + 1) * (jnp.max(order) - order)
+  deepest = jax.lax.cummax(depth + above, axis=1, reverse=True) - above
+  return jnp.sum(deepest * (segment_ids > 0), dtype=jnp.float32)
 
 
 class Cache(NamedTuple):
@@ -285,8 +301,8 @@ def cost(exits: Exits, rule: Rule, seq_len: int, realised: Mapping[str, SumCount
   """A sub-model's cost from the shares that were measured; without them as if no token left before the rule's depth.
 
   Heads are counted at every exit that a token passes, where the signal reads logits. Keys and values of layers that a
-  token did not run cost their projections under `project`, and all of the layers under `exact`, which computes them
-  later unless no later token needs them. A `hole` is still counted as attended to.
+  token did not run cost their projections under `project`; under `exact` the layers are run later, if a later token of
+  the row needs them. A `hole` is still counted as attended to.
   """
   config, how = exits.config, exits.how
   if fixed(rule):  # stands alone, without the layers above the dial's depth
@@ -296,10 +312,12 @@ def cost(exits: Exits, rule: Rule, seq_len: int, realised: Mapping[str, SumCount
   ran = [realised[f"ran/{depth}"] if realised else (1.0, 1.0) for depth in exits.depths]
   shares = [float(some) / float(number) for some, number in ran]
   layer = costs.layer_flops(config, (seq_len + 1) / 2)
-  away = {"project": costs.key_value_flops(config), "exact": layer}.get(how.kv, 0.0)
+  away = costs.key_value_flops(config) if how.kv == "project" else 0.0
   layers = sum(
     (stop - start) * (share * layer + (1 - share) * away) for share, (start, stop) in zip(shares, exits.segments)
   )
+  if "layer_tokens" in realised:
+    layers = layer * float(realised["layer_tokens"][0]) / float(realised["layer_tokens"][1])
   heads = sum(shares) if SIGNALS[how.signal].reads_logits else 1.0
   return dataclasses.replace(dense, flops_per_token=layers + heads * costs.head_flops(config))
 

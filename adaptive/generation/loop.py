@@ -74,18 +74,25 @@ class Sampled(NamedTuple):
 class _Host:
   """What the host has read so far; `ended` says which rows it waits for no more."""
 
-  def __init__(self, rows: int, limit: int, stop_tokens: tuple[int, ...], watch: Callable[[int, int], bool | None]):
+  def __init__(
+    self,
+    rows: int,
+    limit: int,
+    stop_tokens: tuple[int, ...],
+    watch: Callable[[int, int], bool | None],
+    clock: Callable[[], float],
+  ):
     self.tokens: list[list[int]] = [[] for _ in range(rows)]
     self.log_probs: list[list[float]] = [[] for _ in range(rows)]
     self.metrics: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     self.ended = np.zeros(rows, bool)
     self.times: list[float] = []
-    self._limit, self._stop_tokens, self._watch = limit, stop_tokens, watch
+    self._limit, self._stop_tokens, self._watch, self._clock = limit, stop_tokens, watch, clock
 
   def read(self, found: Sampled) -> bool:
     """Takes down what a step sampled; whether a row ended in a way of which the device cannot know."""
     told = False
-    self.times.append(time.perf_counter())
+    self.times.append(self._clock())
     for name, pair in found.metrics.items():
       total, count = self.metrics.get(name, (0.0, 0.0))
       self.metrics[name] = total + np.float64(pair[0]), count + np.float64(pair[1])
@@ -154,6 +161,7 @@ class Generator:
     self._sampling, self._stop_tokens = sampling or Sampling(), tuple(stop_tokens)
     self._over_rows = None if mesh is None else sharding.batch_sharding(mesh)
     self._spare = 0  # slots that a row may need beyond its tokens
+    self._compiling = 0.0  # seconds so far
     self._programs = functools.cache(self._compile)
 
   def __call__(
@@ -178,10 +186,10 @@ class Generator:
     check(prompts, max_new_tokens, seed, self._vocab_size, self._max_len)
     tokens, counts, ids = self._padded(prompts, numbers)
     slots = bucket(int(counts.max()) + max_new_tokens - 1 + self._spare)  # the last token is not fed back
-    host, key = _Host(len(prompts), max_new_tokens, self._stop_tokens, watch), np.uint32(seed)
+    host, key = _Host(len(prompts), max_new_tokens, self._stop_tokens, watch, self._clock), np.uint32(seed)
     with contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh):
       first, following = self._programs(*tokens.shape, slots)
-      start, params = time.perf_counter(), self._decoder.params
+      start, params = self._clock(), self._decoder.params
       cache, rows, sampled = first(params, *map(self._put, (tokens, counts, ids)), key)
       stopped = self._put(np.zeros(len(counts), bool))
       for _ in range(max_new_tokens - 1):
@@ -232,10 +240,17 @@ class Generator:
     known = Rows(ints, ints, ints, flags)
 
     def compile_next(function: Callable, *more: Any) -> Callable:
+      start = time.perf_counter()
       following = jax.jit(function, out_shardings=(where, state, sampled), donate_argnums=1)
-      return following.lower(self._decoder.params, cache, known, flags, seed, *more).compile()
+      following = following.lower(self._decoder.params, cache, known, flags, seed, *more).compile()
+      self._compiling += time.perf_counter() - start
+      return following
 
     return first, self._next(compile_next)
+
+  def _clock(self) -> float:
+    """Seconds, without those of compilation."""
+    return time.perf_counter() - self._compiling
 
   def _next(self, compile_next: Callable[..., Callable]) -> Callable:
     """What is called for every later token: (params, cache, rows, stopped, seed) -> (cache, rows, sampled)."""

@@ -16,6 +16,7 @@ from adaptive.backbone.transformer import Transformer
 from adaptive.config import ModelConfig, require
 from adaptive.depth import exits as parts
 from adaptive.depth import ladder as ladders
+from adaptive.depth import lazy
 from adaptive.methods.contract import Batch, Decoder, Metrics, Output, Params, SubModel, check_index
 
 __all__ = ["cost", "decoder", "extract", "forward", "ladder", "sample", "submodels"]
@@ -70,7 +71,10 @@ def decoder(model: nn.Module, params: Params, submodel: SubModel) -> Decoder:
   found = extract(model, params, submodel)
   if found is not None:
     return Decoder(*decoding.dense(*found))
-  return Decoder(*parts.decoder(model.exits, params, _rule(model, submodel)))
+  exits, rule = model.exits, _rule(model, submodel)
+  if exits.how.kv == "exact":
+    return Decoder(*lazy.decoder(exits, params, rule, exits.how.wait))
+  return Decoder(*parts.decoder(exits, params, rule))
 
 
 def ladder(model: nn.Module, params: Params, drafts: Sequence[SubModel] | None) -> ladders.Ladder:

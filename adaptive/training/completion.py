@@ -11,8 +11,10 @@ import numpy as np
 from adaptive.config import ConfigError, require
 from adaptive.data.tokenizers import Tokenizer, check_vocab, make_tokenizer
 from adaptive.generation import depthwise
+from adaptive.generation.drafts import Chooser, Fixed
 from adaptive.generation.loop import Generator, Result, check
 from adaptive.generation.sampling import Sampling
+from adaptive.generation.speculative import SpeculativeGenerator
 from adaptive.generation.text import RowText
 from adaptive.training.run import find_submodel, load_params, load_plan
 
@@ -28,6 +30,8 @@ class Request:
     max_len: limit on the tokens of a prompt and its continuation; None is the length of rows that the run trained on.
     stop: a continuation ends before this text, or with its document; empty: only with its document.
     slots: prompts under way at a time, each token of them at its own depth; 0 takes all prompts step by step.
+    draft: name of the sub-model that drafts for the full one; `auto`: the best of all that can; None: none.
+    draft_tokens: that it drafts in a round; `auto` chooses that too.
   """
 
   prompts: tuple[str, ...]
@@ -39,6 +43,8 @@ class Request:
   seed: int = 0
   stop: str = ""
   slots: int = 0
+  draft: str | None = None
+  draft_tokens: int = 6
 
 
 def complete(workdir: str, request: Request) -> None:
@@ -50,9 +56,14 @@ def complete(workdir: str, request: Request) -> None:
   """
   require(jax.process_count() == 1, "generate.py runs in one process")
   require(request.slots >= 0, f"slots={request.slots} must be at least 1, or 0 for none")
+  drafts = request.draft is not None
+  require(not (drafts and request.slots), "--draft and --slots are two ways to generate: choose one")
+  require(not (drafts and request.submodel), "--draft drafts for the full model: leave out --submodel")
   plan = load_plan(workdir)
   submodels = plan.method.submodels(plan.model)
   submodel = submodels[-1] if request.submodel is None else find_submodel(plan, request.submodel)
+  draft = find_submodel(plan, request.draft) if drafts and request.draft != "auto" else None
+  require(draft is None or draft != submodel, f"--draft={request.draft} is the full model itself")
   data = plan.experiment.data
   tokenizer = make_tokenizer(data)
   check_vocab(tokenizer, plan.experiment.model.vocab_size)
@@ -72,9 +83,15 @@ def complete(workdir: str, request: Request) -> None:
     generator = depthwise.DepthwiseGenerator(ticker, slots=slots, **sampled)
     summary = _through_slots(generator, request, prompts, texts)
   else:
-    decoder = plan.method.decoder(plan.model, params, submodel)
+    sampled |= dict(max_len=max_len, mesh=plan.mesh)
+    if drafts:
+      ladder = plan.method.ladder(plan.model, params, None if draft is None else [draft])
+      require(ladder is not None, "no sub-model of this run can draft for the full one: leave out --draft")
+      choice = Chooser(ladder.layers[:-1], ladder.layers[-1]) if draft is None else Fixed(0, request.draft_tokens)
+      generator = SpeculativeGenerator(ladder, choice=choice, **sampled)
+    else:
+      generator = Generator(plan.method.decoder(plan.model, params, submodel), **sampled)
     del params
-    generator = Generator(decoder, **sampled, max_len=max_len, mesh=plan.mesh)
     summary = _summary((_stream if len(prompts) == 1 else _print_all)(generator, request, prompts, texts))
   print(summary, file=sys.stderr)
 

@@ -38,6 +38,8 @@ EXITS = {
   "hole": dict(kv="hole", signal="cosine", thresholds=(0.5, 0.6, 0.7)),
   "decay": dict(signal="margin", decay=0.5, decay_length=4, per_exit=(0.1, 0.0), thresholds=(0.05, 0.1)),
   "patience": dict(signal="patience", thresholds=(0.5, 1.5, 2.5)),
+  "exact": dict(kv="exact", wait=16),
+  "crowded": dict(kv="exact", wait=1),
   "stability": dict(kv="copy", signal="stability", thresholds=(0.2, 0.4, 0.6)),
 }
 CASES += [("early_exit", "project", 0), *(("early_exit", rule, index) for rule in EXITS for index in (2, 3, 4))]

@@ -1,0 +1,71 @@
+"""Signals of confidence: by hand, larger is surer, and each token by itself."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import special
+
+from adaptive.depth.signals import SIGNALS, Seen
+
+RNG = np.random.default_rng(0)
+LOGITS, BEFORE = RNG.normal(size=(2, 3, 5, 7)) * 2
+X, EARLIER = RNG.normal(size=(2, 3, 5, 4))
+AGREED = RNG.integers(0, 3, (3, 5))
+
+
+def seen(logits=LOGITS, before=BEFORE, x=X, earlier=EARLIER, agreed=AGREED):
+  as_jax = lambda value: None if value is None else jnp.asarray(value, jnp.float32)
+  return Seen(as_jax(logits), as_jax(before), as_jax(x), as_jax(earlier), jnp.asarray(agreed, jnp.int32))
+
+
+def by_hand(name):
+  now, before = special.softmax(LOGITS, axis=-1), special.softmax(BEFORE, axis=-1)
+  ordered = np.sort(now, axis=-1)
+  match name:
+    case "max_probability":
+      return ordered[..., -1]
+    case "margin":
+      return ordered[..., -1] - ordered[..., -2]
+    case "entropy":
+      return 1 - special.entr(now).sum(-1) / np.log(7)
+    case "stability":
+      return np.exp(-special.rel_entr(before, now).sum(-1))
+    case "cosine":
+      return (X * EARLIER).sum(-1) / np.sqrt((X**2).sum(-1) * (EARLIER**2).sum(-1))
+    case "saturation":
+      return 1 - np.sqrt(((X - EARLIER) ** 2).sum(-1) / (X**2).sum(-1))
+    case "patience":
+      return np.where(now.argmax(-1) == before.argmax(-1), AGREED + 1, 0)
+
+
+@pytest.mark.parametrize("name", SIGNALS)
+def test_a_signal_is_its_formula_and_float32_of_each_token(name):
+  found = SIGNALS[name].value(seen())
+  assert found.dtype == jnp.float32
+  np.testing.assert_allclose(found, by_hand(name), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", SIGNALS)
+def test_a_token_s_signal_does_not_depend_on_its_mates(name):
+  whole = np.asarray(SIGNALS[name].value(seen()))
+  alone = SIGNALS[name].value(seen(*(value[1:2, 3:4] for value in (LOGITS, BEFORE, X, EARLIER, AGREED))))
+  np.testing.assert_array_equal(alone, whole[1:2, 3:4])
+
+
+@pytest.mark.parametrize("name", [name for name in SIGNALS if name != "patience"])
+def test_no_certainty_is_above_one(name):
+  certain = np.zeros((1, 1, 7))
+  certain[..., 2] = 1e4
+  found = SIGNALS[name].value(seen(certain, certain, np.ones((1, 1, 4)), np.ones((1, 1, 4)), np.zeros((1, 1))))
+  assert 1 - 1e-6 < float(found[0, 0]) <= 1.0
+
+
+@pytest.mark.parametrize("name", ["stability", "patience"])
+def test_at_the_first_exit_nothing_can_have_been_stable(name):
+  np.testing.assert_array_equal(SIGNALS[name].value(seen(before=None)), np.zeros((3, 5)))
+
+
+def test_the_signals_say_whether_they_read_logits():
+  for signal in SIGNALS.values():
+    if not signal.reads_logits:
+      signal.value(seen(logits=None, before=None))

@@ -1,0 +1,84 @@
+"""Early exit: what is trained, with which weights, and how it leaves as a dense model."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from adaptive import losses
+from adaptive.backbone.transformer import Transformer
+from adaptive.methods import METHODS
+from adaptive.methods.depth import early_exit
+
+CONFIG, METHOD = tiny.model_config(), METHODS["early_exit"]
+
+
+def built(**settings):
+  model = METHOD.build(CONFIG, METHOD.Config(**{"exits": (1, 3), **settings}))
+  return model, tiny.random_params(model), tiny.packed_batch(CONFIG)
+
+
+def loss_of(model, params, batch, step=100):
+  return METHOD.loss(model, params, batch, METHOD.sample(model, 0, 0), jax.random.key(0), jnp.int32(step))
+
+
+@pytest.mark.parametrize("heads", ["shared", "own"])
+@pytest.mark.parametrize(
+  ("settings", "weights"),
+  [
+    (dict(weights="equal"), (1, 1, 1)),
+    (dict(weights="linear"), (1, 3, 4)),
+    (dict(weights="exponential"), (1, 4, 8)),
+    (dict(listed_weights=(0.25, 0.5, 1.0)), (0.25, 0.5, 1.0)),
+    (dict(listed_weights=(0.5, 0.5, 1.0), warmup_steps=200), (0.25, 0.25, 1.0)),
+  ],
+)
+def test_the_loss_is_the_weighted_mean_over_the_extracted_exits(heads, settings, weights):
+  model, params, batch = built(heads=heads, **settings)
+  each = []
+  for submodel in [s for s in METHOD.submodels(model) if "depth" in s.name]:
+    config, small = METHOD.extract(model, params, submodel)
+    assert config.num_layers == submodel["depth"]
+    logits = jax.jit(Transformer(config).apply)({"params": small}, batch)
+    pair = losses.cross_entropy(logits, batch["targets"], batch["segment_ids"] > 0)
+    each.append(float(losses.mean(pair)))
+  found, metrics = loss_of(model, params, batch)
+  assert float(found) == pytest.approx(np.average(each, weights=weights), rel=1e-5)
+  named = [float(losses.mean(metrics[name])) for name in ("loss/1", "loss/3", "loss")]
+  np.testing.assert_allclose(named, each, rtol=1e-5)
+
+
+def test_without_weight_the_exits_change_nothing():
+  """The gradient is then the plain model's."""
+  model, params, batch = built(listed_weights=(0.0, 0.0, 1.0))
+  dense = METHODS["dense"]
+  plain = Transformer(CONFIG)
+  found = jax.grad(lambda p: loss_of(model, p, batch)[0])(params)
+  want = jax.grad(lambda p: dense.loss(plain, p, batch, (0,), jax.random.key(0), jnp.int32(0))[0])(params)
+  tiny.assert_trees_close(found, want)
+
+
+def test_heads_of_their_own_are_the_only_thing_that_ee_tuning_trains():
+  model, params, batch = built(heads="own", heads_only=True)
+  assert METHOD.learning_rates(model) == {"embedding": 0.0, "layers": 0.0, "final_norm": 0.0}
+  grads = jax.grad(lambda p: loss_of(model, p, batch)[0])(params)
+  assert all(float(jnp.abs(leaf).max()) > 0 for leaf in jax.tree.leaves(grads["exit_heads"]))
+  source = tiny.random_params(CONFIG, seed=1)
+  begun = METHOD.init_from(model, params, source, "stepwise", 0)
+  tiny.assert_trees_equal(begun, {**source, "exit_heads": params["exit_heads"]})
+
+
+def test_an_exit_s_own_head_reaches_no_other_exit():
+  model, params, batch = built(heads="own")
+  changed = jax.tree.map(lambda leaf: leaf.at[0].add(1.0), params["exit_heads"])
+  before = [METHOD.forward(model, params, batch, i).logits for i in (0, 1)]
+  after = [METHOD.forward(model, {**params, "exit_heads": changed}, batch, i).logits for i in (0, 1)]
+  assert not np.allclose(before[0], after[0])
+  np.testing.assert_array_equal(before[1], after[1])
+
+
+def test_the_weights_warm_up_to_their_own():
+  model, *_ = built(weights="equal", warmup_steps=10)
+  for step, early in ((0, 0.0), (5, 0.5), (10, 1.0), (50, 1.0)):
+    np.testing.assert_allclose(early_exit.weights_at(model, jnp.int32(step)), [early, early, 1.0])
