@@ -313,7 +313,7 @@ class EvaluationConfig:
   Attributes:
     rows: held-out rows, the same for every sub-model (and for every run on the same data).
     batch_size: rows evaluated at a time.
-    latency: whether to time extracted sub-models. latency_repeats: timed calls of each, after 10 of warm-up.
+    latency: whether to time sub-models. latency_repeats: timed prompts of each, and runs of tokens after them.
     prefill_tokens: prompt length of the latency measurement, at batch size 1.
   """
 

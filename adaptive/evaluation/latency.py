@@ -1,26 +1,29 @@
-"""Measured latency of dense models as they would be deployed: compiled ahead, warmed up, at batch size 1."""
+"""Measured latency of sub-models as they would be deployed: compiled ahead, warmed up, at batch size 1, on real text.
+
+What a token costs may depend on the text, so sub-models decode held-out rows: a prompt, then the tokens that follow it
+in the row, one by one.
+"""
 
 import concurrent.futures
 import dataclasses
 import os
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adaptive.backbone import decoding
-from adaptive.config import ModelConfig
+from adaptive.methods.contract import Decoder
 
-WARM_UP = 10
+WARM_UP = 2  # turns of each sub-model that do not count
 ROUNDS = 5
+RUN = 8  # tokens that are timed together
 
 
 @dataclasses.dataclass(frozen=True)
 class Latency:
-  """Milliseconds: median and 90th percentile, of a prompt and of one more token."""
+  """Milliseconds: median and 90th percentile, of a prompt, and of one more token in runs of `RUN`."""
 
   prefill_ms: float
   prefill_ms_p90: float
@@ -29,67 +32,76 @@ class Latency:
 
 
 class _Timed:
-  """A compiled cached forward of `tokens` tokens that follow `index` others. Its cache is donated, as in generation.
+  """A decoder's compiled prefill and step; caches are donated, as in generation.
 
   Args:
-    model: parameters, empty cache and step, as `decoding.dense` makes them.
+    prefill_tokens: of the prompt; the `RUN` tokens after it are decoded.
   """
 
-  def __init__(self, model: tuple[Any, Callable, Callable], tokens: int, index: int):
-    self._params, empty_cache, step = model
+  def __init__(self, decoder: Decoder, prefill_tokens: int):
+    self._decoder, self._prompt = decoder, prefill_tokens
+    self._slots = prefill_tokens + RUN
 
-    def forward(params, tokens, counts, cache):
-      logits, after, _ = step(params, tokens, counts, cache._replace(lengths=jnp.full_like(cache.lengths, index)))
-      return logits, after
+    def compiled(tokens: int):
+      shapes = jax.ShapeDtypeStruct((1, tokens), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)
+      cache = jax.eval_shape(lambda: decoder.empty_cache(1, self._slots))
+      return jax.jit(decoder.step, donate_argnums=3).lower(decoder.params, *shapes, cache).compile()
 
-    self._cache = empty_cache(1, index + tokens)
-    self._tokens, self._counts = jnp.zeros((1, tokens), jnp.int32), jnp.full((1,), tokens, jnp.int32)
-    args = self._params, self._tokens, self._counts, self._cache
-    self._compiled = jax.jit(forward, donate_argnums=3).lower(*args).compile()
-    self.times: list[float] = []
+    self._prefill, self._step = compiled(prefill_tokens), compiled(1)
+    self._empty = jax.jit(lambda: decoder.empty_cache(1, self._slots))
+    self.prefill_times: list[float] = []
+    self.step_times: list[float] = []
 
-  def __call__(self, calls: int, record: bool) -> None:
-    for _ in range(calls):
-      start = time.perf_counter()
-      logits, self._cache = self._compiled(self._params, self._tokens, self._counts, self._cache)
-      logits.block_until_ready()
-      if record:
-        self.times.append(1000 * (time.perf_counter() - start))
+  def __call__(self, row: np.ndarray, record: bool) -> None:
+    """One turn on a row of at least prefill_tokens + RUN tokens."""
+    params, prompt = self._decoder.params, self._prompt
+    pieces = [jnp.asarray(row[None, i : i + 1], jnp.int32) for i in range(prompt, prompt + RUN)]
+    tokens, many, one = jnp.asarray(row[None, :prompt], jnp.int32), jnp.full((1,), prompt), jnp.ones((1,), jnp.int32)
+    cache = jax.block_until_ready(self._empty())
+    start = time.perf_counter()
+    logits, cache, _ = self._prefill(params, tokens, many, cache)
+    logits.block_until_ready()
+    between = time.perf_counter()
+    for piece in pieces:
+      logits, cache, _ = self._step(params, piece, one, cache)
+      logits.block_until_ready()  # as a sampled token has to be known before it is fed
+    end = time.perf_counter()
+    if record:
+      self.prefill_times.append(1000 * (between - start))
+      self.step_times.append(1000 * (end - between) / RUN)
 
 
 def measure(
-  models: Sequence[tuple[ModelConfig, Any]],
+  decoders: Sequence[Decoder],
+  rows: np.ndarray,
   prefill_tokens: int,
   repeats: int,
   report: Callable[[int], None] = lambda done: None,
 ) -> list[Latency]:
-  """Times each (config, params) on the first device: a prompt of `prefill_tokens`, and one token after it.
+  """Times decoders, whose parameters lie on one device: a prompt of `prefill_tokens`, and the tokens after it.
 
-  The models take turns in a few rounds, so that a slow moment of the machine does not fall on one of them alone.
+  The decoders take turns in a few rounds, on the same rows, so that a slow moment of the machine does not fall on one
+  of them alone.
 
   Args:
-    report: called with the number of models compiled.
+    rows: int [r, t]; t is at least prefill_tokens + RUN.
+    report: called with the number of decoders compiled.
   """
-  device = jax.local_devices()[0]
-
-  def compile_both(model: tuple[ModelConfig, Any]) -> tuple[_Timed, _Timed]:
-    config, params = model
-    with jax.default_device(device):
-      model = decoding.dense(config, jax.device_put(params, device))
-      return _Timed(model, prefill_tokens, 0), _Timed(model, 1, prefill_tokens)
-
   timed = []
   with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:  # the compiler does not hold Python's lock
-    for done, both in enumerate(pool.map(compile_both, models), 1):
-      timed.append(both)
+    for done, one in enumerate(pool.map(lambda decoder: _Timed(decoder, prefill_tokens), decoders), 1):
+      timed.append(one)
       report(done)
-  with jax.default_device(device):
-    for turn in range(ROUNDS):
-      for both in timed:
-        for run in both:
-          run(WARM_UP if turn == 0 else 2, record=False)
-          run(-(-repeats // ROUNDS), record=True)
-  return [Latency(*_summary(prefill.times), *_summary(step.times)) for prefill, step in timed]
+  turn = 0
+  for _ in range(ROUNDS):
+    count = -(-repeats // ROUNDS)
+    for one in timed:
+      for i in range(WARM_UP):
+        one(rows[i % len(rows)], record=False)
+      for i in range(count):
+        one(rows[(turn + i) % len(rows)], record=True)
+    turn += count
+  return [Latency(*_summary(one.prefill_times), *_summary(one.step_times)) for one in timed]
 
 
 def _summary(times: Sequence[float]) -> tuple[float, float]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 
 import flax.linen as nn
 import jax
+import numpy as np
 import tqdm
 from jax.sharding import Mesh
 
@@ -36,7 +37,7 @@ def sweep(
   batches = list(validation_batches(dataset.validation, settings.rows, settings.batch_size, mesh))
   with _bar("quality", len(submodels)) as report:
     measured = quality.measure(method, model, params, batches, mesh, range(len(submodels)), report=report)
-  times = _latencies(method, model, params, experiment) if settings.latency else {}
+  times = _latencies(method, model, params, experiment, dataset) if settings.latency else []
   full = len(submodels) - 1
   results = []
   for i, submodel in enumerate(submodels):
@@ -51,7 +52,7 @@ def sweep(
         loss_stderr=measured.paired_error(i, full),
         agreement=measured.agreement(i),
         **dataclasses.asdict(cost),
-        **(dataclasses.asdict(times[i]) if i in times else {}),
+        **(dataclasses.asdict(times[i]) if times else {}),
       )
     )
   notes = {
@@ -62,23 +63,30 @@ def sweep(
   }
   diagnosis = method.diagnose(model, params, batches, mesh)
   if times:
-    notes["latency"] = f"batch 1, prompt of {settings.prefill_tokens} tokens, then one token; extracted models"
+    prompt = _prompt_tokens(experiment)
+    notes["latency"] = f"batch 1, held-out prompts of {prompt} tokens, then token by token in runs of {latency.RUN}"
   return Family(label, tuple(results), submodels[full].name, notes, measured.commonest, diagnosis)
 
 
-def _latencies(method: Method, model: nn.Module, params: Params, experiment: Experiment) -> dict[int, latency.Latency]:
-  """By position of the sub-model; those that cannot stand alone are left out."""
+def _prompt_tokens(experiment: Experiment) -> int:
+  """Of the latency measurement: what the config says, if a row has so many and a run more."""
+  return max(1, min(experiment.evaluation.prefill_tokens, experiment.data.seq_len - latency.RUN))
+
+
+def _latencies(
+  method: Method, model: nn.Module, params: Params, experiment: Experiment, dataset: Dataset
+) -> list[latency.Latency]:
+  """Of every sub-model, on the first device; none where several processes hold the parameters."""
   if jax.process_count() > 1:
     print("latency is not measured with several processes: run eval.py on one of them", file=sys.stderr)
-    return {}
-  settings = experiment.evaluation
-  alone = {i: method.extract(model, params, s) for i, s in enumerate(method.submodels(model))}
-  alone = {i: found for i, found in alone.items() if found is not None}
-  if not alone:
-    return {}
-  with _bar("latency", len(alone)) as report:
-    times = latency.measure(list(alone.values()), settings.prefill_tokens, settings.latency_repeats, report)
-  return dict(zip(alone, times))
+    return []
+  settings, submodels = experiment.evaluation, method.submodels(model)
+  number = min(settings.rows, len(dataset.validation))
+  rows = np.stack([dataset.validation[i]["inputs"] for i in range(number)])
+  with _bar("latency", len(submodels)) as report, jax.default_device(jax.local_devices()[0]):
+    params = jax.device_put(params, jax.local_devices()[0])
+    decoders = [method.decoder(model, params, submodel) for submodel in submodels]
+    return latency.measure(decoders, rows, _prompt_tokens(experiment), settings.latency_repeats, report)
 
 
 class _bar:  # noqa: N801 - reads as a function

@@ -11,8 +11,10 @@ from adaptive.backbone import decoding
 from adaptive.backbone.transformer import Transformer, init_params
 from adaptive.config import ModelConfig
 from adaptive.evaluation import latency
+from adaptive.methods.contract import Decoder
 
 CONFIG = ModelConfig(vocab_size=264, num_layers=2, d_model=16, d_ff=32, num_heads=4, num_kv_heads=2, remat="full")
+ROWS = np.random.default_rng(0).integers(0, 264, (3, 8 + latency.RUN))
 
 
 def model(**fields):
@@ -20,9 +22,13 @@ def model(**fields):
   return config, jax.jit(lambda key: nn.unbox(init_params(Transformer(config), key)))(jax.random.key(0))
 
 
+def decoder(**fields):
+  return Decoder(*decoding.dense(*model(**fields)))
+
+
 def test_numbers_are_ordered():
   done = []
-  times = latency.measure([model(), model(num_layers=1, d_ff=16)], prefill_tokens=8, repeats=7, report=done.append)
+  times = latency.measure([decoder(), decoder(num_layers=1, d_ff=16)], ROWS, 8, repeats=7, report=done.append)
   assert done == [1, 2]
   assert len(times) == 2
   for t in times:
@@ -36,41 +42,46 @@ def test_median_and_90th_percentile_of_recorded_calls():
 
 
 @pytest.mark.parametrize(("repeats", "recorded"), [(1, 5), (50, 50), (51, 55)])
-def test_every_model_is_called_as_often_as_asked_and_warm(monkeypatch, repeats, recorded):
+def test_every_decoder_takes_the_same_turns_and_is_warm(monkeypatch, repeats, recorded):
   made = []
 
   class Timed:
-    def __init__(self, model, tokens, index):
-      self.times, self.calls, self.of = [], [], (model, tokens, index)
+    def __init__(self, decoder, prefill_tokens):
+      self.prefill_times, self.step_times, self.calls, self.of = [], [], [], (decoder, prefill_tokens)
       made.append(self)
 
-    def __call__(self, calls, record):
-      self.calls.append((calls, record))
-      self.times += [1.0] * calls * record
+    def __call__(self, row, record):
+      self.calls.append((int(row[0]), record))
+      self.prefill_times += [1.0] * record
+      self.step_times += [2.0] * record
 
   monkeypatch.setattr(latency, "_Timed", Timed)
-  monkeypatch.setattr(latency.decoding, "dense", lambda config, params: config)
-  latency.measure([("a", {}), ("b", {})], prefill_tokens=8, repeats=repeats)
-  assert [t.of for t in made] == [("a", 8, 0), ("a", 1, 8), ("b", 8, 0), ("b", 1, 8)]
-  for timed in made:
-    assert len(timed.times) == recorded
-    assert timed.calls[0] == (latency.WARM_UP, False)
-    assert [record for _, record in timed.calls] == [False, True] * latency.ROUNDS
+  found = latency.measure(["a", "b"], np.arange(7)[:, None], prefill_tokens=8, repeats=repeats)
+  assert sorted(t.of for t in made) == [("a", 8), ("b", 8)]
+  assert made[0].calls == made[1].calls
+  counted = [row for row, record in made[0].calls if record]
+  assert counted == [i % 7 for i in range(recorded)]
+  assert [record for _, record in made[0].calls[: latency.WARM_UP]] == [False] * latency.WARM_UP
+  assert found == [latency.Latency(1.0, 1.0, 2.0, 2.0)] * 2
 
 
-def test_the_timed_program_is_the_model():
-  """A prompt and then a token through the compiled cached forward give the logits of the plain model."""
+def test_the_timed_program_decodes_the_row():
+  """The logits of every call are those of the plain model on the row so far."""
   config, params = model()
-  tokens = jax.random.randint(jax.random.key(1), (1, 9), 0, 264)
-  batch = {"inputs": tokens, "segment_ids": tokens * 0 + 1, "positions": jax.numpy.arange(9)[None]}
+  seen = []
+  timed = latency._Timed(decoder(), 8)
+  for name in ("_prefill", "_step"):
+    run = getattr(timed, name)
+
+    def watch(*args, run=run):
+      result = run(*args)
+      seen.append(np.asarray(result[0])[0])
+      return result
+
+    setattr(timed, name, watch)
+  timed(ROWS[1], record=True)
+  tokens = ROWS[1:2].astype(np.int32)
+  batch = {"inputs": tokens, "segment_ids": tokens * 0 + 1, "positions": np.arange(tokens.shape[1])[None]}
   expected = jax.jit(Transformer(config).apply)({"params": params}, batch)
-  params, empty_cache, _ = decoder = decoding.dense(config, params)
-  prefill, step = latency._Timed(decoder, 8, 0), latency._Timed(decoder, 1, 8)
-  one = jax.numpy.ones((1,), jax.numpy.int32)
-  logits, cache = prefill._compiled(params, tokens[:, :8], 8 * one, empty_cache(1, 8))
-  np.testing.assert_allclose(logits, expected[:, 7], atol=1e-5)
-  longer = jax.tree.map(lambda x: jax.numpy.pad(x, ((0, 0), (0, 0), (0, 1), (0, 0))), cache.layers)
-  logits, _ = step._compiled(params, tokens[:, 8:], one, decoding.Cache(longer, cache.lengths))
-  np.testing.assert_allclose(logits, expected[:, 8], atol=1e-5)
-  step(2, record=True)
-  assert step._cache.lengths.tolist() == [9], "every call is that of the same token"
+  np.testing.assert_allclose(np.stack(seen), expected[0, 7:], atol=1e-5)
+  assert len(timed.prefill_times) == len(timed.step_times) == 1

@@ -71,7 +71,7 @@ def test_latency_fields_and_notes(run, params, family):
   for result in family.results:
     assert 0 < result.prefill_ms <= result.prefill_ms_p90
     assert 0 < result.step_ms <= result.step_ms_p90
-  assert "prompt of 8 tokens" in family.notes["latency"]
+  assert "prompts of 8 tokens" in family.notes["latency"]
   assert family.notes["method"] == "sorted_net"
   assert run.dataset.fingerprint in family.notes["data"]
   assert family.notes["held out"].startswith("5 rows, ")

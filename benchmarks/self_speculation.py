@@ -1,0 +1,92 @@
+"""Tokens per second of self-speculative decoding beside plain decoding of the same model, at equal output.
+
+  python train.py --config=configs/dynamic_depth.py:early_exit --workdir=runs/early_exit
+  python benchmarks/self_speculation.py --workdir=runs/early_exit
+
+Prompts are pieces of held-out text; all are continued greedily by the same number of tokens; caches, embedding, head
+and sampling are counted. `fixed` is LayerSkip's: one exit, one length, for all that are asked for; `chosen` is DEL's, anew in every
+round. Systems take turns, and ratios are to plain decoding in the same turn. Beside the time: tokens of a round, share
+of drafted tokens that were accepted, layers run one after the other for a token (`calls`, of the model's own), and how
+many prompts were continued by the very same tokens.
+"""
+
+import argparse
+import statistics
+
+from adaptive.generation.drafts import Chooser, Fixed
+from adaptive.generation.loop import Generator, Result
+from adaptive.generation.sampling import Sampling
+from adaptive.generation.speculative import SpeculativeGenerator
+from adaptive.methods.contract import SubModel
+from adaptive.training.run import load_params, load_run
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("--workdir", required=True, help="run with sub-models that can draft")
+  parser.add_argument("--drafts", default="", help="names of sub-models, separated by blanks; all that can by default")
+  parser.add_argument("--tokens", default="3,5,8,12", help="drafted tokens of a round, several numbers")
+  parser.add_argument("--batch", type=int, default=1, help="prompts at a time")
+  parser.add_argument("--prompts", type=int, default=16)
+  parser.add_argument("--prompt", type=int, default=64, help="tokens of a prompt")
+  parser.add_argument("--new", type=int, default=128, help="tokens of a continuation")
+  parser.add_argument("--turns", type=int, default=3, help="of each system, that count")
+  a = parser.parse_args()
+
+  run = load_run(a.workdir)
+  _, params = load_params(run, a.workdir)
+  method, model, vocab, greedy = run.method, run.model, run.experiment.model.vocab_size, Sampling(temperature=0.0)
+  prompts = [[int(t) for t in run.dataset.validation[i]["inputs"][: a.prompt]] for i in range(a.prompts)]
+  every = method.ladder(model, params, None)
+  names = a.drafts.split() or [s.name for s in method.submodels(model) if s.name.startswith("depth=")][:-1]
+  systems = {"plain": Generator(method.decoder(model, params, method.submodels(model)[-1]), vocab, greedy)}
+  layers = {}
+  for name in names:
+    (submodel,) = (s for s in method.submodels(model) if s.name == name)
+    ladder = method.ladder(model, params, [SubModel(submodel.dial)])
+    for tokens in map(int, a.tokens.split(",")):
+      label = f"fixed {name} x {tokens}"
+      systems[label] = SpeculativeGenerator(ladder, vocab, Fixed(0, tokens), greedy)
+      layers[label] = ladder.layers[0]
+  if not any(every.tails):
+    systems["chosen"] = SpeculativeGenerator(every, vocab, Chooser(every.layers[:-1], every.layers[-1]), greedy)
+
+  def go(generator: Generator) -> tuple[float, list[list[int]], dict]:
+    """Seconds, tokens and what was measured, of all prompts."""
+    results: list[Result] = [
+      generator(prompts[start : start + a.batch], a.new) for start in range(0, len(prompts), a.batch)
+    ]
+    metrics = {}
+    for result in results:
+      for name, (total, count) in result.metrics.items():
+        before = metrics.get(name, (0.0, 0.0))
+        metrics[name] = before[0] + total, before[1] + count
+    return sum(r.prefill_seconds + r.seconds for r in results), [t for r in results for t in r.tokens], metrics
+
+  times, found = {name: [] for name in systems}, {}
+  for turn in range(a.turns + 1):
+    for name, generator in systems.items():
+      seconds, *found[name] = go(generator)
+      if turn:  # the first compiles
+        times[name].append(seconds)
+  made = len(prompts) * a.new
+  print(f"{len(prompts)} prompts, {a.batch} at a time, {a.new} tokens each; medians of {a.turns} turns")
+  print(f"{'':24} {'tokens/s':>9} {'speed-up':>9} {'a round':>8} {'accepted':>9} {'calls':>7}  same tokens")
+  for name in systems:
+    tokens, metrics = found[name]
+    ratio = statistics.median(p / t for p, t in zip(times["plain"], times[name]))
+    mean = lambda key, metrics=metrics: metrics[key][0] / max(metrics[key][1], 1.0)
+    cells = f"{made / statistics.median(times[name]):9.0f} {ratio:8.2f}x"
+    if metrics:
+      per_round = mean("tokens_per_round")
+      drafted = metrics["accepted"][1] / metrics["tokens_per_round"][1]
+      calls = f"{(drafted * layers[name] + every.layers[-1]) / per_round:7.1f}" if name in layers else f"{'':7}"
+      cells += f" {per_round:8.2f} {mean('accepted'):9.1%} {calls}"
+    else:
+      cells += f" {1:8} {'':9} {every.layers[-1]:7}"
+    same = sum(x == y for x, y in zip(tokens, found["plain"][0]))
+    print(f"{name:24} {cells}  {same} of {len(prompts)}", flush=True)
+
+
+if __name__ == "__main__":
+  main()
