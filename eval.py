@@ -14,7 +14,8 @@ from adaptive import cli
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run that train.py made.")
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint to evaluate; the newest by default.")
 _ROWS = flags.DEFINE_integer("rows", None, "Held-out rows; evaluation.rows of the run's config by default.")
-_LATENCY = flags.DEFINE_bool("latency", None, "Time the extracted sub-models; evaluation.latency by default.")
+_LATENCY = flags.DEFINE_bool("latency", None, "Time the sub-models; evaluation.latency by default.")
+_SET = flags.DEFINE_multi_string("set", [], "Setting to change that is not trained, such as method.exit.signal=margin.")
 _COMPARE = flags.DEFINE_bool("compare", False, "Draw the runs named after the flags in one plot.")
 _EXTRACT = flags.DEFINE_string("extract", None, "Write this sub-model as an ordinary dense run into --output.")
 _OUTPUT = flags.DEFINE_string("output", None, "Where results go: by default the workdir, or beside the runs.")
@@ -24,8 +25,8 @@ def main(argv: list[str]) -> None:
   runs = argv[1:]
   if _COMPARE.value and not runs:
     cli.fail("--compare needs runs, such as --compare runs/a runs/b")
-  for flag in (_WORKDIR, _STEP, _EXTRACT):
-    if _COMPARE.value and flag.value is not None:
+  for flag in (_WORKDIR, _STEP, _EXTRACT, _SET):
+    if _COMPARE.value and flag.value:
       cli.fail(f"--{flag.name} does not go with --compare, which takes the newest checkpoints of the runs named")
   if not _COMPARE.value and (runs or not _WORKDIR.value):
     cli.fail(f"unexpected argument {runs[0]!r}" if runs else "--workdir is missing, such as --workdir=runs/demo")
@@ -40,7 +41,7 @@ def main(argv: list[str]) -> None:
   elif _EXTRACT.value is not None:
     reports.extract(_WORKDIR.value, _STEP.value, _EXTRACT.value, _OUTPUT.value)
   else:
-    reports.evaluate(_WORKDIR.value, _STEP.value, _OUTPUT.value or _WORKDIR.value, **settings)
+    reports.evaluate(_WORKDIR.value, _STEP.value, _OUTPUT.value or _WORKDIR.value, _SET.value, **settings)
 
 
 if __name__ == "__main__":

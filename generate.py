@@ -12,6 +12,7 @@ from adaptive import cli
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run that train.py made.")
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "Beginning of a document; given several times, a batch")
 _SUBMODEL = flags.DEFINE_string("submodel", None, "Name of a sub-model, as eval.py lists them; the full by default.")
+_SET = flags.DEFINE_multi_string("set", [], "Setting to change that is not trained, such as method.exit.kv=exact.")
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint to use; the newest by default.")
 _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 100, "A continuation ends after so many tokens.")
 _MAX_LEN = flags.DEFINE_integer("max_len", None, "Limit on prompt and continuation; by default the run's data.seq_len.")
@@ -58,6 +59,7 @@ def main(argv: list[str]) -> None:
     stop=_STOP.value,
     slots=_SLOTS.value,
     draft=_DRAFT.value,
+    changes=tuple(_SET.value),
     draft_tokens=_DRAFT_TOKENS.value,
   )
   completion.complete(_WORKDIR.value, request)

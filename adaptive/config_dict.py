@@ -4,6 +4,8 @@ A config file builds an `ml_collections.ConfigDict` from the defaults (`to_confi
 where it is written. `from_config_dict` turns it back into the dataclasses of `config.py`.
 """
 
+import ast
+import copy
 import dataclasses
 import json
 import types
@@ -97,3 +99,31 @@ def differences(saved: typing.Mapping[str, Any], wanted: typing.Mapping[str, Any
     elif json.dumps(old) != json.dumps(new):
       found.append(f"{name}: {old!r} -> {new!r}")
   return found
+
+
+def changed(saved: dict[str, Any], changes: typing.Sequence[str]) -> dict[str, Any]:
+  """A saved config with some fields replaced that no training depends on.
+
+  Args:
+    changes: `field=value` texts; a value is a Python literal, or else a word.
+
+  Raises:
+    ConfigError: not of that form, no such field, or one that was trained with.
+  """
+  wanted = copy.deepcopy(saved)
+  for change in changes:
+    name, equals, text = change.partition("=")
+    require(bool(equals), f"--set={change!r} is not of the form field=value")
+    *parents, last = name.split(".")
+    place = wanted
+    for part in parents:
+      place = place.get(part) if isinstance(place, dict) else None
+    known = list(place) if isinstance(place, dict) else []
+    require(last in known, f"--set: unknown config field {name}" + (f"; {nearest(last, known)}" if known else ""))
+    try:
+      place[last] = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+      place[last] = text
+    fixed = differences(saved, wanted)
+    require(not fixed, f"--set: {name} is part of what was trained")
+  return wanted

@@ -4,10 +4,10 @@
   python benchmarks/self_speculation.py --workdir=runs/early_exit
 
 Prompts are pieces of held-out text; all are continued greedily by the same number of tokens; caches, embedding, head
-and sampling are counted. `fixed` is LayerSkip's: one exit, one length, for all that are asked for; `chosen` is DEL's, anew in every
-round. Systems take turns, and ratios are to plain decoding in the same turn. Beside the time: tokens of a round, share
-of drafted tokens that were accepted, layers run one after the other for a token (`calls`, of the model's own), and how
-many prompts were continued by the very same tokens.
+and sampling are counted. `fixed` is LayerSkip's: one exit, one length, for all that are asked for; `chosen` is DEL's,
+anew in every round. Systems take turns, and ratios are to plain decoding in the same turn. Beside the time: tokens of a
+round, share of drafted tokens that were accepted, layers run one after the other for a token (`calls`), and how many
+prompts were continued by the very same tokens.
 """
 
 import argparse

@@ -15,6 +15,8 @@ MODEL = dict(vocab_size=264, num_layers=2, d_model=16, d_ff=32, num_heads=4, num
 CLOCK = {"time", "tokens_per_second", "flops_per_second", "mfu", "measured_matmul_peak_share"}
 METHOD = {
   "dense": {},
+  "early_exit": {"exits": (1,)},
+  "layer_skip": {"rotation": 1},
   "sorted_net": {"depths": (1, 2), "d_ff": (16, 32)},
   "recursive": {"num_recursions": 2, "sharing": "cycle"},
   "mixture_of_recursions": {"num_recursions": 2, "sharing": "cycle", "capacity_scales": (0.5,)},

@@ -32,6 +32,7 @@ class Request:
     slots: prompts under way at a time, each token of them at its own depth; 0 takes all prompts step by step.
     draft: name of the sub-model that drafts for the full one; `auto`: the best of all that can; None: none.
     draft_tokens: that it drafts in a round; `auto` chooses that too.
+    changes: settings that are not trained, as `field=value` texts.
   """
 
   prompts: tuple[str, ...]
@@ -45,6 +46,7 @@ class Request:
   slots: int = 0
   draft: str | None = None
   draft_tokens: int = 6
+  changes: tuple[str, ...] = ()
 
 
 def complete(workdir: str, request: Request) -> None:
@@ -59,7 +61,7 @@ def complete(workdir: str, request: Request) -> None:
   drafts = request.draft is not None
   require(not (drafts and request.slots), "--draft and --slots are two ways to generate: choose one")
   require(not (drafts and request.submodel), "--draft drafts for the full model: leave out --submodel")
-  plan = load_plan(workdir)
+  plan = load_plan(workdir, request.changes)
   submodels = plan.method.submodels(plan.model)
   submodel = submodels[-1] if request.submodel is None else find_submodel(plan, request.submodel)
   draft = find_submodel(plan, request.draft) if drafts and request.draft != "auto" else None

@@ -20,13 +20,14 @@ from adaptive.training.run import CHECKPOINTS, Run, find_submodel, load_params, 
 from adaptive.training.workdir import load_config, open_workdir, user_errors
 
 
-def evaluate(workdir: str, step: int | None, output: str, **settings) -> Family:
+def evaluate(workdir: str, step: int | None, output: str, changes: Sequence[str] = (), **settings) -> Family:
   """Evaluates all sub-models of a checkpoint, prints the table, and writes the Pareto files into `output`.
 
   Args:
-    step: None is the newest checkpoint. settings: replace fields of the run's evaluation settings.
+    step: None is the newest checkpoint. changes: as for `load_run`. settings: replace fields of the run's evaluation
+      settings.
   """
-  run = load_run(workdir, **settings)
+  run = load_run(workdir, changes, **settings)
   _make_folder(output)
   step, params = load_params(run, workdir, step)
   family = _sweep(run, workdir, step, params)

@@ -100,22 +100,26 @@ def assemble(method: Method, experiment: Experiment, training: bool = True) -> R
   return Run(experiment, method, planned.model, planned.optimizer, planned.mesh, dataset)
 
 
-def load_run(workdir: str, **overrides) -> Run:
-  """The run that a workdir holds, for evaluation; `overrides` replace fields of its evaluation settings.
+def load_run(workdir: str, changes: Sequence[str] = (), **overrides) -> Run:
+  """The run that a workdir holds, for evaluation.
+
+  Args:
+    changes: settings that are not trained, as `field=value` texts, such as method.exit.signal=margin.
+    overrides: replace fields of its evaluation settings.
 
   Raises:
     ConfigError: no workdir, or its config does not work any more.
   """
-  return assemble(*_settings(workdir, **overrides), training=False)
+  return assemble(*_settings(workdir, changes, **overrides), training=False)
 
 
-def load_plan(workdir: str) -> Plan:
+def load_plan(workdir: str, changes: Sequence[str] = ()) -> Plan:
   """As `load_run`, for who needs none of the run's data."""
-  return plan(*_settings(workdir), training=False)
+  return plan(*_settings(workdir, changes), training=False)
 
 
-def _settings(workdir: str, **overrides) -> tuple[Method, Experiment]:
-  method, experiment = parse_config(load_config(workdir))
+def _settings(workdir: str, changes: Sequence[str], **overrides) -> tuple[Method, Experiment]:
+  method, experiment = parse_config(config_dict.changed(load_config(workdir), changes))
   evaluation = dataclasses.replace(experiment.evaluation, **overrides)
   # The mesh that trained the run need not exist here; any other holds the same parameters and scores the same rows.
   devices = jax.device_count()

@@ -1,0 +1,82 @@
+"""Thresholds: the budget is kept, the rank is right, and the risk is exceeded no oftener than was said."""
+
+import numpy as np
+import pytest
+
+from adaptive.config import ConfigError
+from adaptive.evaluation import thresholds
+from adaptive.evaluation.thresholds import Seen
+
+
+def calibrated(rows=60, length=40, exits=3, seed=0, shift=0.0):
+  """Tokens whose exits are right with the probability that they signal (less `shift`); the model always is."""
+  rng = np.random.default_rng(seed)
+  n = rows * length
+  easy = rng.beta(2, 1, (1, n))
+  signals = np.clip(easy ** np.linspace(1.5, 0.3, exits)[:, None] + 0.01 * rng.normal(size=(exits, n)), 0, 1)
+  right = np.concatenate([rng.random((exits, n)) < signals - shift, np.ones((1, n), bool)])
+  return Seen(signals, right, np.repeat(np.arange(rows), length), np.linspace(0.3, 1.0, exits + 1))
+
+
+def test_a_token_leaves_at_the_first_exit_above_its_threshold_strictly():
+  seen = Seen(np.array([[0.5, 0.9, 0.1], [0.6, 0.2, 0.7]]), np.ones((3, 3), bool), np.zeros(3), np.array([1.0, 2, 4]))
+  assert thresholds.where_left(seen, (0.5, 0.6)).tolist() == [2, 0, 1]
+  found = thresholds.outcome(seen, (0.5, 0.6))
+  assert (found.cost, found.share) == (7 / 3, 7 / 12)
+
+
+@pytest.mark.parametrize("shares", [(0.2, 0.3, 0.1), (0.0, 0.0, 0.0), (1.0, 0.0, 0.0), (0.5, 0.5, 0.0)])
+def test_shares_are_met_by_rank(shares):
+  seen = calibrated()
+  seen = Seen(np.random.default_rng(1).random(seen.signals.shape), seen.right, seen.rows, seen.costs)
+  left = thresholds.where_left(seen, thresholds.for_shares(seen, np.array(shares)))
+  np.testing.assert_allclose([np.mean(left == e) for e in range(3)], shares, atol=1e-3)
+
+
+def test_a_budget_is_kept_and_more_buys_more_agreement():
+  seen, found = calibrated(), []
+  for budget in (0.35, 0.5, 0.7, 0.9, 1.0):
+    solution = thresholds.for_budget(seen, budget)
+    assert solution.share <= budget
+    assert solution == thresholds.outcome(seen, solution.thresholds)
+    found.append(solution.agreement)
+  assert found == sorted(found)
+  assert found[-1] == 1.0
+  uniform = max(
+    (o for t in np.linspace(0, 1, 101) if (o := thresholds.outcome(seen, (t,) * 3)).share <= 0.5),
+    key=lambda o: o.agreement,
+  )
+  assert found[1] > uniform.agreement - 0.01, "no worse than one threshold for all"
+
+
+def test_an_impossible_budget_is_refused():
+  with pytest.raises(ConfigError, match=r"must lie in 0\.3 \.\. 1"):
+    thresholds.for_budget(calibrated(), 0.2)
+
+
+def test_the_test_of_a_mean_errs_no_oftener_than_its_level():
+  """At the edge of the hypothesis, over many draws."""
+  rng = np.random.default_rng(0)
+  for a, b in ((1, 9), (0.3, 2.7), (20, 180)):
+    rejected = np.mean([thresholds.p_value(rng.beta(a, b, 80), 0.1) <= 0.1 for _ in range(600)])
+    assert rejected < 0.1 + 3 * np.sqrt(0.09 / 600)
+  assert thresholds.p_value(np.full(100, 0.02), 0.1) < 0.05, "and sees what is plain"
+  assert thresholds.p_value(np.full(100, 0.3), 0.1) == 1.0
+
+
+def test_the_floor_holds_on_new_text_as_often_as_was_said():
+  """Learn then Test: the share of calibration sets whose threshold is bad is at most 1 - confidence."""
+  large = calibrated(rows=3000, seed=99)
+  bad, shares = 0, []
+  for seed in range(60):
+    found = thresholds.for_floor(calibrated(rows=80, seed=seed), 0.9, 0.8)
+    bad += thresholds.outcome(large, found.thresholds).agreement < 0.9
+    shares.append(found.share)
+  assert bad / 60 <= 0.2 + 3 * np.sqrt(0.16 / 60)
+  assert np.mean(shares) < 0.95, "it does let tokens leave"
+
+
+def test_a_floor_that_cannot_be_shown_lets_nobody_leave():
+  found = thresholds.for_floor(calibrated(rows=4), 0.999, 0.99)
+  assert found.share == 1.0
+  assert set(found.thresholds) == {np.inf}

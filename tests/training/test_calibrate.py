@@ -1,0 +1,89 @@
+"""Calibration of a run's exits: what is collected is what the model does, and what is printed can be used."""
+
+import re
+
+import numpy as np
+import pytest
+import tiny
+import tiny_run
+
+from adaptive.config import ConfigError
+from adaptive.depth.exits import Exiting
+from adaptive.evaluation import calibration, thresholds
+from adaptive.methods import METHODS
+from adaptive.training import calibrate, loop, reports
+from adaptive.training.calibrate import Goals
+
+CONFIG, METHOD = tiny.model_config(), METHODS["early_exit"]
+
+
+@pytest.mark.parametrize("signal", ["max_probability", "patience", "cosine", "stability"])
+def test_thresholds_do_on_rows_what_was_collected_from_them(signal):
+  """The exits of a forward pass with all keys, and its cost, are those that the calibration foresees."""
+  model = METHOD.build(CONFIG, METHOD.Config(exits=(1, 3), exit=Exiting(signal=signal, kv="exact")))
+  params, batch = tiny.random_params(model), tiny.packed_batch(CONFIG, rows=4)
+  seen = calibration.collect(model.exits, params, [batch], 12)
+  limits = np.quantile(seen.signals, [0.6, 0.4], axis=1).diagonal()
+  plan = Exiting(signal=signal, kv="exact", thresholds=(), per_exit=tuple(map(float, limits)))
+  model = METHOD.build(CONFIG, METHOD.Config(exits=(1, 3), exit=plan))
+  aux = METHOD.forward(model, params, batch, 2).aux
+  left = thresholds.where_left(seen, limits)
+  assert [float(aux[f"ran/{d}"][0]) for d in (1, 3, 4)] == [np.sum(left >= e) for e in range(3)]
+  assert len(set(left)) > 1
+  np.testing.assert_array_equal(seen.right[-1], True)
+  assert len(np.unique(seen.rows)) == 4
+
+
+def test_costs_of_exits_are_those_of_the_method():
+  """Of `project`, whose layers above cost their keys: a sub-model that always leaves at one exit costs as much."""
+  model = METHOD.build(CONFIG, METHOD.Config(exits=(1, 3), exit=Exiting(thresholds=(0.5,))))
+  submodel = next(s for s in METHOD.submodels(model) if "threshold" in s.name)
+  found = calibration.exit_costs(model.exits, 12)
+  for which, ran in enumerate(((1, 0, 0), (1, 1, 0), (1, 1, 1))):
+    realised = {f"ran/{d}": (float(share), 1.0) for d, share in zip((1, 3, 4), ran)}
+    assert METHOD.cost(model, submodel, 12, realised).flops_per_token == pytest.approx(found[which])
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("calibrate")
+  made = tiny_run.assemble(
+    tiny_run.corpus(folder / "corpus", files=12),
+    "early_exit",
+    **{"data.validation_fraction": 0.6, "evaluation.rows": 4},
+  )
+  loop.train(made, folder / "run")
+  return folder / "run"
+
+
+def test_what_is_printed_can_be_evaluated(workdir, capsys):
+  calibrate.calibrate(str(workdir), None, Goals((0.8,), (0.5,), 0.8), [], None)
+  text = capsys.readouterr().out
+  (setting,) = re.findall(r"--set='(.+)'", text)
+  family = reports.evaluate(str(workdir), None, str(workdir), [setting], latency=False)
+  assert [r.name for r in family.results if "plan" in r.name] == ["plan=1", "plan=2"]
+  assert "confidence 0.8" in text
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    ("method.exit.signal", "not of the form"),
+    ("method.exit.sginal=margin", "did you mean signal"),
+    ("method.exits=(2,)", "method.exits is part of what was trained"),
+    ("method.exit.signal=certainty", "method.exit.signal='certainty' is not one of"),
+    ("nonsense.x=1", "unknown config field nonsense.x"),
+  ],
+)
+def test_settings_that_cannot_be_changed_are_one_line(workdir, change, message):
+  with pytest.raises(ConfigError, match=message):
+    reports.evaluate(str(workdir), None, str(workdir), [change])
+
+
+def test_a_run_without_exits_or_without_more_text_is_refused(workdir, tmp_path):
+  with pytest.raises(ConfigError, match="no held-out rows are left"):
+    calibrate.calibrate(str(workdir), None, Goals((0.5,), (), 0.9), ["evaluation.rows=100000"], None)
+  dense = tiny_run.assemble(tiny_run.corpus(tmp_path / "corpus"), "dense")
+  loop.train(dense, tmp_path / "dense")
+  with pytest.raises(ConfigError, match="no early exits to calibrate"):
+    calibrate.calibrate(str(tmp_path / "dense"), None, Goals((0.5,), (), 0.9), [], None)
