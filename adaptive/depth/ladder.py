@@ -40,6 +40,7 @@ class Ladder(NamedTuple):
     climb: (params, x, at, cache, low, high) -> (x, cache): the stages low .. high - 1 (static).
     tail: (params, draft, x, at, cache) -> (x, cache): a draft's own layers.
     head: (params, draft, x) -> float32 logits [b, t, v]; of the model itself where draft is len(rungs).
+    one_head: whether that is the same for all.
   """
 
   params: Params
@@ -51,6 +52,7 @@ class Ladder(NamedTuple):
   climb: Callable[[Params, jax.Array, At, Cache, int, int], tuple[jax.Array, Cache]]
   tail: Callable[[Params, int, jax.Array, At, Cache], tuple[jax.Array, Cache]]
   head: Callable[[Params, int, jax.Array], jax.Array]
+  one_head: bool
 
   @property
   def stages(self) -> int:
@@ -112,4 +114,5 @@ def of_paths(
     climb=climb,
     tail=tail,
     head=head or (lambda params, draft, x: apply(params, x, method="head")),
+    one_head=head is None,
   )

@@ -31,6 +31,11 @@ class Fixed:
     return self.tokens
 
   @property
+  def stops(self) -> bool:
+    """Whether a round may draft fewer tokens."""
+    return False
+
+  @property
   def drafts(self) -> tuple[int, ...]:
     return (self.draft,)
 
@@ -48,8 +53,11 @@ class Chooser:
   Args:
     layers: that each draft runs, in the order of the ladder. full: layers of the model.
     lengths: of which a round takes one; each with each draft is a program.
+    overhead: what drafting a token costs beside the draft's layers, in layers: embedding, head, choice of a token. The
+      paper counts none.
     decay: of what was counted, in each round (omega in the paper).
-    stop_when_unsure: whether a draft ends early when it is less sure than midway between right and wrong ones.
+    stop_when_unsure: whether a draft ends early when it is less sure than midway between right and wrong ones, as in
+      the paper; it pays where drafted tokens are dear.
   """
 
   def __init__(
@@ -57,12 +65,13 @@ class Chooser:
     layers: Sequence[int],
     full: int,
     lengths: Sequence[int] = (1, 2, 4, 6, 8, 12, 16),
+    overhead: float = 1.0,
     decay: float = 0.95,
-    stop_when_unsure: bool = True,
+    stop_when_unsure: bool = False,
   ):
     require(len(layers) > 0, "there is no draft to choose from")
-    self._layers, self._full, self._lengths = np.array(layers), full, np.array(lengths)
-    self._decay, self._stop = decay, stop_when_unsure
+    self._layers, self._full, self._lengths = np.array(layers) + overhead, full, np.array(lengths)
+    self._decay, self.stops = decay, stop_when_unsure
     self._agreed, self._seen = np.zeros((2, len(layers)))
     self._sure = {"sure_if_right": np.zeros(2), "sure_if_wrong": np.zeros(2)}
 
@@ -87,7 +96,7 @@ class Chooser:
 
   def _doubt(self) -> float:
     right, wrong = self._sure.values()
-    if not self._stop or right[1] == 0 or wrong[1] == 0:
+    if not self.stops or right[1] == 0 or wrong[1] == 0:
       return 0.0
     return float((right[0] / right[1] + wrong[0] / wrong[1]) / 2)
 

@@ -117,12 +117,14 @@ class SpeculativeGenerator(loop.Generator):
     """
     if isinstance(self._choice, Fixed):
       return {}
-    number = jnp.sum(valid, dtype=jnp.float32)
-    found = {}
-    for draft, rung in enumerate(self._ladder.rungs):
-      same = jnp.argmax(self._logits(params, draft, rungs[rung]), axis=-1) == likeliest
-      found[f"agrees/{draft}"] = jnp.sum(same & valid, dtype=jnp.float32), number
-    return found
+    ladder, number = self._ladder, jnp.sum(valid, dtype=jnp.float32)
+    states = [rungs[rung] for rung in ladder.rungs]
+    if ladder.one_head:  # one product for all
+      logits = jnp.split(self._logits(params, 0, jnp.concatenate(states)), len(states))
+    else:
+      logits = [self._logits(params, draft, x) for draft, x in enumerate(states)]
+    same = [jnp.sum((jnp.argmax(each, axis=-1) == likeliest) & valid, dtype=jnp.float32) for each in logits]
+    return {f"agrees/{draft}": (agreed, number) for draft, agreed in enumerate(same)}
 
   def _round(self, draft: int, most: int, params: Params, cache: Cache, rows: Rows, stopped, seed, doubt):
     """Up to `most` drafted tokens and the check of them: between one and most + 1 new tokens of each row."""
@@ -201,7 +203,13 @@ class SpeculativeGenerator(loop.Generator):
       drafted = Drafted(tokens, i + 1, put(drafted.states, x[:, 0]), put(drafted.probs, probs), put(drafted.sure, sure))
       return drafted, cache, kept
 
-    drafted, cache, kept = jax.lax.while_loop(sure_enough, propose, (start, cache, dict.fromkeys(below, blank)))
+    carry = start, cache, dict.fromkeys(below, blank)
+    if self._choice.stops:
+      carry = jax.lax.while_loop(sure_enough, propose, carry)
+    else:  # a loop would copy the caches in and out, and compile no more than it has to
+      for _ in range(most):
+        carry = propose(carry)
+    drafted, cache, kept = carry
     # The last drafted token is run too: its state is what the token after it is drawn from, if all are accepted.
     x, _, cache, kept = run(drafted.number, drafted.tokens, cache, kept)
     states = jax.lax.dynamic_update_slice_in_dim(drafted.states, x, drafted.number, axis=1)

@@ -88,5 +88,6 @@ def ladder(model: nn.Module, params: Params, drafts: Sequence[SubModel] | None) 
     )
   depths = sorted({rule.depth for rule in rules if parts.fixed(rule)})
   which = [*map(exits.depths.index, depths), len(exits.depths) - 1]
-  head = lambda params, draft, x: exits.head(params, which[draft], x)
+  own = any(exits.own(params, depth) is not None for depth in depths)
+  head = (lambda params, draft, x: exits.head(params, which[draft], x)) if own else None
   return ladders.of_paths(model.config, params, range(full), [range(depth) for depth in depths], head)

@@ -154,7 +154,7 @@ def test_rows_on_a_mesh_say_the_same():
 class _Anything:
   """Any sequence of drafts and lengths, with and without stopping early."""
 
-  most, drafts = 5, (0, 1, 2)
+  most, drafts, stops = 5, (0, 1, 2), True
 
   def __init__(self, seed):
     self._rng, self.seen = np.random.default_rng(seed), []
@@ -197,7 +197,7 @@ def test_the_chooser_learns_how_often_each_exit_is_right():
 def test_the_choice_is_the_best_by_simulated_throughput():
   rates, layers, full = np.array([0.3, 0.7, 0.9]), np.array([1, 3, 6]), 8
   rng = np.random.default_rng(0)
-  chooser = Chooser(layers, full, lengths=(1, 2, 4, 8), decay=1.0)
+  chooser = Chooser(layers, full, lengths=(1, 2, 4, 8), overhead=0.0, decay=1.0)
   chooser._agreed, chooser._seen = rates * 1e6, np.full(3, 1e6)
 
   def simulated(rate, length, cost):
@@ -212,7 +212,7 @@ def test_the_choice_is_the_best_by_simulated_throughput():
 
 
 def test_old_counts_fade_and_doubt_is_midway():
-  chooser = Chooser((1, 2), 4, decay=0.5)
+  chooser = Chooser((1, 2), 4, decay=0.5, stop_when_unsure=True)
   for agreed in (4.0, 0.0):
     chooser.observe({"agrees/0": (agreed, 4.0), "agrees/1": (2.0, 4.0)})
   np.testing.assert_allclose(chooser.rates, [(2.0 + 0.5) / (6 + 1), (3 + 0.5) / (6 + 1)])
