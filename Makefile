@@ -29,8 +29,8 @@ demo: $(READY)  ## Trains SortedNet on Python's own source code, evaluates every
 	@"$(BIN)/python" train.py --config=configs/sorted_net_demo.py --workdir="$(DEMO)" $(SHORT)
 	@"$(BIN)/python" eval.py --workdir="$(DEMO)"
 
-test: $(READY)  ## Runs the test suite, the slow tests included.
-	"$(BIN)/python" -m pytest
+test: $(READY)  ## Runs the test suite, the slow tests included, on all cores.
+	"$(BIN)/python" -m pytest -n auto --dist worksteal
 
 test-faults: $(READY)  ## Kills runs and their processes, and looks whether anything was lost.
 	"$(BIN)/python" -m pytest -m faults -rA tests/faults

@@ -36,7 +36,8 @@ class Ladder(NamedTuple):
     layers: that each draft runs, and at last the model.
     tails: whether each draft has layers of its own after its rung.
     empty_cache: (batch_size, slots) -> a cache.
-    embed: (params, tokens int32 [b, t]) -> x [b, t, d].
+    embed: (params, tokens int32 [b, t]) -> x, the residual stream [b, t, d], or a tree of arrays [b, t, ...] with what
+      else a stage hands on to the next.
     climb: (params, x, at, cache, low, high) -> (x, cache): the stages low .. high - 1 (static).
     tail: (params, draft, x, at, cache) -> (x, cache): a draft's own layers.
     head: (params, draft, x) -> float32 logits [b, t, v]; of the model itself where draft is len(rungs).

@@ -99,7 +99,8 @@ class SpeculativeGenerator(loop.Generator):
       if ladder.tails[draft]:
         _, cache = ladder.tail(params, draft, rungs[ladder.rungs[draft]], at, cache)
     last = jnp.minimum(jnp.arange(-_PROBED, 0)[None] + counts[:, None], counts[:, None] - 1)
-    cut = lambda x: jnp.take_along_axis(x, jnp.maximum(last, 0)[:, :, None], axis=1)
+    pick = jax.vmap(lambda row, at: row[at])
+    cut = lambda x: jax.tree.map(lambda leaf: pick(leaf, jnp.maximum(last, 0)), x)
     logits = self._logits(params, len(ladder.rungs), cut(x))
     agreed = self._agreement(
       params, {stage: cut(rung) for stage, rung in rungs.items()}, jnp.argmax(logits, axis=-1), last >= 0
@@ -161,7 +162,7 @@ class SpeculativeGenerator(loop.Generator):
     ladder, rung = self._ladder, self._ladder.rungs[draft]
     below = range(rung) if not isinstance(self._choice, Fixed) else ()
     room = jax.eval_shape(ladder.embed, params, jnp.zeros((len(live), most + 1), jnp.int32))
-    blank = jnp.zeros(room.shape, room.dtype)
+    blank = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), room)
     wide = self._vocab_size if self._sampling.temperature else 0
     start = Drafted(
       tokens=jnp.zeros((len(live), most + 1), jnp.int32).at[:, 0].set(rows.newest),
@@ -171,13 +172,18 @@ class SpeculativeGenerator(loop.Generator):
       sure=jnp.zeros((len(live), most), jnp.float32),
     )
 
+    def put(array, value, i):
+      """Values [b, 1, ...] of the token at i into arrays [b, k + 1, ...]."""
+      write = lambda a, v: jax.lax.dynamic_update_slice_in_dim(a, v.astype(a.dtype), i, axis=1)
+      return jax.tree.map(write, array, value)
+
     def run(i, tokens, cache, kept):
       """The draft's layers on the token at i."""
       at = At(rows.lengths + i, live)
       x = ladder.embed(params, jax.lax.dynamic_slice_in_dim(tokens, i, 1, axis=1))
       for stage in range(rung):
         if kept:
-          kept = {**kept, stage: jax.lax.dynamic_update_slice_in_dim(kept[stage], x, i, axis=1)}
+          kept = {**kept, stage: put(kept[stage], x, i)}
         x, cache = ladder.climb(params, x, at, cache, stage, stage + 1)
       y = x
       if ladder.tails[draft]:
@@ -195,12 +201,14 @@ class SpeculativeGenerator(loop.Generator):
       x, y, cache, kept = run(i, drafted.tokens, cache, kept)
       logits = self._logits(params, draft, y)[:, 0]
       token, probs = self._propose(logits, rows, rows.lengths + i + 1, seed)
-      put = lambda array, value: jax.lax.dynamic_update_slice_in_dim(
-        array, value[:, None].astype(array.dtype), i, axis=1
-      )
       sure = jnp.exp(jnp.max(logits, axis=-1) - jax.nn.logsumexp(logits, axis=-1))
-      tokens = jax.lax.dynamic_update_slice_in_dim(drafted.tokens, token[:, None], i + 1, axis=1)
-      drafted = Drafted(tokens, i + 1, put(drafted.states, x[:, 0]), put(drafted.probs, probs), put(drafted.sure, sure))
+      drafted = Drafted(
+        tokens=put(drafted.tokens, token[:, None], i + 1),
+        number=i + 1,
+        states=put(drafted.states, x, i),
+        probs=put(drafted.probs, probs[:, None], i),
+        sure=put(drafted.sure, sure[:, None], i),
+      )
       return drafted, cache, kept
 
     carry = start, cache, dict.fromkeys(below, blank)
@@ -212,8 +220,7 @@ class SpeculativeGenerator(loop.Generator):
     drafted, cache, kept = carry
     # The last drafted token is run too: its state is what the token after it is drawn from, if all are accepted.
     x, _, cache, kept = run(drafted.number, drafted.tokens, cache, kept)
-    states = jax.lax.dynamic_update_slice_in_dim(drafted.states, x, drafted.number, axis=1)
-    return drafted._replace(states=states), kept, cache
+    return drafted._replace(states=put(drafted.states, x, drafted.number)), kept, cache
 
   def _propose(self, logits: jax.Array, rows: Rows, positions: jax.Array, seed) -> tuple[jax.Array, jax.Array]:
     """A token for each row, [b], and what it was drawn from, [b, v], or [b, 0] where the likeliest is taken."""

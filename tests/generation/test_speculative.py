@@ -75,6 +75,33 @@ def test_greedy_rounds_give_the_tokens_of_the_model_alone(name, draft, close):
     assert accepted > 0
 
 
+@pytest.mark.parametrize(
+  ("settings", "layers", "draft"),
+  [
+    (dict(num_recursions=3), 5, 0),
+    (dict(num_recursions=3), 5, 1),
+    (dict(num_recursions=3, sharing="cycle", gating="additive"), 3, 1),
+    (dict(num_recursions=3, sharing="cycle", kv_cache="shared"), 3, 0),
+    (dict(num_recursions=3, kv_cache="hybrid", inference="aux_router", router="mlp"), 5, 1),
+  ],
+  ids=str,
+)
+def test_fewer_recursions_draft_for_all(settings, layers, draft):
+  """Some tokens pass every recursion and some do not, so refused ones leave caches of different lengths behind."""
+  method = METHODS["mixture_of_recursions"]
+  model = method.build(tiny.model_config(num_layers=layers), method.Config(**settings))
+  params = tiny.random_params(model)
+  full = Generator(method.decoder(model, params, method.submodels(model)[-1]), VOCAB, GREEDY)
+  want = full(PROMPTS, 20)
+  passed = want.metrics["capacity/3"][0] / want.metrics["capacity/1"][0]
+  assert 0 < passed < 1
+  ladder = method.ladder(model, params, [method.submodels(model)[draft]])
+  assert ladder.tails == ((settings.get("sharing") != "cycle"),)
+  found = SpeculativeGenerator(ladder, VOCAB, Fixed(0, 3), GREEDY)(PROMPTS, 20)
+  assert found.tokens == want.tokens
+  assert 0 < found.metrics["accepted"][0]
+
+
 @pytest.mark.parametrize("tokens", [1, 2, 7])
 def test_any_number_of_drafted_tokens_gives_the_same(tokens):
   want = plain("layer_skip")(PROMPTS, 17)
@@ -224,6 +251,11 @@ def test_drafts_that_cannot_be_are_refused():
   method, model, params = family("layer_skip")
   with pytest.raises(ConfigError, match="only a fixed depth"):
     method.ladder(model, params, [s for s in method.submodels(model) if "threshold" in s.name][:1])
+  method = METHODS["mixture_of_recursions"]
+  model = method.build(tiny.model_config(num_layers=5), method.Config(num_recursions=3, routing="token_choice"))
+  assert method.ladder(model, None, None) is None
+  with pytest.raises(ConfigError, match="under token choice"):
+    method.ladder(model, None, method.submodels(model)[:1])
   method, model, params = family("recursive")
   with pytest.raises(ConfigError, match="layers of their own"):
     SpeculativeGenerator(method.ladder(model, params, None), VOCAB, Chooser((1,), 4), GREEDY)

@@ -17,17 +17,19 @@ Departures from the paper and its released code, with reasons:
 - matrices that write to the residual stream are initialised by the unrolled depth, as everywhere in this project.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from adaptive import losses, recursion
-from adaptive.config import ModelConfig
+from adaptive.config import ModelConfig, require
+from adaptive.depth.ladder import Ladder
 from adaptive.methods.contract import Batch, Decoder, Metrics, Output, Params, SubModel, Ticker, check_index
-from adaptive.methods.defaults import batch_parts, ladder
+from adaptive.methods.defaults import batch_parts
 from adaptive.methods.depth.mixture_of_recursions import causal, decode, ticks, token_choice
+from adaptive.methods.depth.mixture_of_recursions import drafts as drafting
 from adaptive.methods.depth.mixture_of_recursions.accounting import cost, update_flops
 from adaptive.methods.depth.mixture_of_recursions.causal import Rule
 from adaptive.methods.depth.mixture_of_recursions.config import Config, check, stage_of
@@ -124,6 +126,21 @@ def extract(model: MixtureOfRecursions, params: Params, submodel: SubModel) -> N
 def decoder(model: MixtureOfRecursions, params: Params, submodel: SubModel) -> Decoder:
   """With a cache for each recursion; a step leaves out the recursions that none of its tokens needs."""
   return decode.decoder(model, params, rule_of(submodel))
+
+
+def ladder(model: MixtureOfRecursions, params: Params, drafts: Sequence[SubModel] | None) -> Ladder | None:
+  """Fewer recursions may draft, under expert choice without a bound on the tokens."""
+  config = model.method
+  able = config.expert_choice and config.num_recursions > 1
+  require(able or drafts is None, "under token choice no sub-model can draft: a token's depth is decided at once")
+  if not able:
+    return None
+  numbers = set()
+  for submodel in submodels(model)[:-1] if drafts is None else drafts:
+    fewer = submodel["recursions"] < config.num_recursions
+    require(fewer or drafts is None, f"{submodel.name} takes as many recursions as the model: it cannot draft")
+    numbers |= {submodel["recursions"]} if fewer else set()
+  return drafting.ladder(model, params, sorted(numbers)) if numbers else None
 
 
 def ticker(model: MixtureOfRecursions, params: Params, submodel: SubModel) -> Ticker:

@@ -88,16 +88,36 @@ def recur(
     return token_choice.compose(model, routes, start, x), keeps, state
   active = new.real
   for which in range(_most(model, rule)):
-    weights, decisions = scores(model, params, which, x, new.positions)
-    chosen = choose(which, weights, active) if choose else passes(model, which, decisions, rule)
-    active &= chosen & (which < rule.recursions)
-    active = bound(model, which, active, new, rule)
-    output, state = run(which, x, active, state)
-    if model.method.gating == "weighted":
-      output = (gate(model.method, weights[..., None]) * output).astype(x.dtype)
-    x = jnp.where(active[..., None], x + output, x)
+    x, active, state = recur_once(model, params, which, x, active, new, rule, run, state, choose)
     keeps.append(active)
   return x, keeps, state
+
+
+def recur_once(
+  model: nn.Module,
+  params: Params,
+  which: int,
+  x: jax.Array,
+  active: jax.Array,
+  new: New,
+  rule: Rule,
+  run: Run,
+  state: Any,
+  choose: Choose | None = None,
+) -> tuple[jax.Array, jax.Array, Any]:
+  """Recursion `which` of expert choice, by those of the tokens that passed the one before, bool [b, t].
+
+  Returns:
+    The residual stream, which tokens passed, and the state.
+  """
+  weights, decisions = scores(model, params, which, x, new.positions)
+  chosen = choose(which, weights, active) if choose else passes(model, which, decisions, rule)
+  active &= chosen & (which < rule.recursions)
+  active = bound(model, which, active, new, rule)
+  output, state = run(which, x, active, state)
+  if model.method.gating == "weighted":
+    output = (gate(model.method, weights[..., None]) * output).astype(x.dtype)
+  return jnp.where(active[..., None], x + output, x), active, state
 
 
 def _most(model: nn.Module, rule: Rule) -> int:

@@ -93,7 +93,7 @@ def params_of(model: nn.Module, params: Params) -> Params:
   return {**jax.tree.map(lambda leaf: leaf.astype(dtype), rest), **as_they_are, "layers": layers}
 
 
-class _Position(NamedTuple):
+class Position(NamedTuple):
   """Where the new tokens of a step are.
 
   Attributes:
@@ -112,12 +112,12 @@ def step_of(model, rule: Rule, params: Params, tokens, counts, cache: Cache) -> 
   positions = cache.lengths[:, None] + jnp.arange(length, dtype=jnp.int32)[None]
   real = jnp.arange(length)[None] < counts[:, None]
   context = decoding.context_of(model.config, cache.lengths, counts, length, slots)
-  at = _Position(context, positions, real)
+  at = Position(context, positions, real)
   layers = params["layers"]
 
   x = model.apply({"params": params}, tokens, method=lambda m, t: m.embedding.encode(t))
   x, before = decoding.run_layers(model.config, layers[0], x, context, cache.before)
-  run = lambda which, x, keep, cache: _recursion(model, layers[1], which, x, keep, cache, at)
+  run = lambda which, x, keep, cache: recursion_of(model, layers[1], which, x, keep, cache, at)
   new = causal.New(positions, real, cache.counts)
   x, keeps, cache = causal.recur(model, params, x, new, rule, run, cache)
   x, after = decoding.run_layers(model.config, layers[2], x, context, cache.after)
@@ -127,8 +127,8 @@ def step_of(model, rule: Rule, params: Params, tokens, counts, cache: Cache) -> 
   return logits, cache, causal.realised(model, keeps, real)
 
 
-def _recursion(
-  model, layers: tuple[Params, ...], which: int, x: jax.Array, keep: jax.Array, cache: Cache, at: _Position
+def recursion_of(
+  model, layers: tuple[Params, ...], which: int, x: jax.Array, keep: jax.Array, cache: Cache, at: Position
 ) -> tuple[jax.Array, Cache]:
   """The shared block on those of the new tokens that are kept; nothing at all when none is."""
   kind = model.method.kv_cache
@@ -156,7 +156,7 @@ def _recursion(
   return output, cache._replace(block=tuple(block), index=tuple(indices), counts=counts)
 
 
-def _compact(count: jax.Array, keep: jax.Array, index: jax.Array, at: _Position) -> tuple[Context, jax.Array]:
+def _compact(count: jax.Array, keep: jax.Array, index: jax.Array, at: Position) -> tuple[Context, jax.Array]:
   """The next free slots for the kept tokens, and the slots' positions with them in."""
   room = index.shape[1]
   slots = jnp.where(keep, count[:, None] + jnp.cumsum(keep, axis=1) - 1, room)
@@ -165,7 +165,7 @@ def _compact(count: jax.Array, keep: jax.Array, index: jax.Array, at: _Position)
   return at.context._replace(slots=slots, mask=mask), index
 
 
-def _with_new(own: tuple[LayerCache, ...], base: tuple[LayerCache, ...], at: _Position) -> tuple[LayerCache, ...]:
+def _with_new(own: tuple[LayerCache, ...], base: tuple[LayerCache, ...], at: Position) -> tuple[LayerCache, ...]:
   """A recursion's caches with the first one's keys and values for the new tokens."""
   slots = jnp.arange(own[0].key.shape[2])
   new = jnp.any((slots[None, None] == at.positions[:, :, None]) & at.real[:, :, None], axis=1)
