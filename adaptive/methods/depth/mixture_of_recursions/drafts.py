@@ -1,8 +1,8 @@
 """Fewer recursions draft for all of them: the stages of the model for self-speculative decoding, under expert choice.
 
-A stage is the recursions up to where a draft leaves; the layers before the loop belong to the first, those after it to the last and to every draft,
-which has caches of its own for them. Tokens that were refused leave no trace: a recursion's cache is first cut back to
-where the new tokens begin.
+A stage is the recursions up to where a draft leaves. The layers before the loop belong to the first stage, those after
+it to the last, and to every draft, which has caches of its own for them. Tokens that were refused leave no trace: a
+recursion's cache is first cut back to where the new tokens begin.
 """
 
 from collections.abc import Sequence
