@@ -28,6 +28,8 @@ def main(argv: list[str]) -> None:
   for flag in (_WORKDIR, _STEP, _EXTRACT, _SET):
     if _COMPARE.value and flag.value:
       cli.fail(f"--{flag.name} does not go with --compare, which takes the newest checkpoints of the runs named")
+  if _EXTRACT.value is not None and _SET.value:
+    cli.fail("--set does not go with --extract")
   if not _COMPARE.value and (runs or not _WORKDIR.value):
     cli.fail(f"unexpected argument {runs[0]!r}" if runs else "--workdir is missing, such as --workdir=runs/demo")
 

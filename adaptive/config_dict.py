@@ -122,8 +122,10 @@ def changed(saved: dict[str, Any], changes: typing.Sequence[str]) -> dict[str, A
     require(last in known, f"--set: unknown config field {name}" + (f"; {nearest(last, known)}" if known else ""))
     try:
       place[last] = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
       place[last] = text
+    plain = (str, int, float, bool, type(None), tuple, list)
+    require(isinstance(place[last], plain), f"--set: {name}={text} is neither a number, nor a word, nor a tuple")
     fixed = differences(saved, wanted)
     require(not fixed, f"--set: {name} is part of what was trained")
   return wanted

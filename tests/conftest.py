@@ -1,10 +1,12 @@
 """Eight fake CPU devices for every test, no silent rank promotion, and programs compiled quickly rather than well."""
 
+import gc
 import os
 
 # Tests compile hundreds of tiny programs and run each a few times. LLVM's optimisations are most of that time; XLA's
 # own passes, which decide what is computed and sent where, stay on. `XLA_FLAGS= pytest` tests what users run.
 import jax
+import pytest
 
 quick = "--xla_backend_optimization_level=0"
 if jax.__version_info__ < (0, 11):  # later ones do not know the flag; here it makes compiling three times as fast
@@ -13,3 +15,11 @@ os.environ.setdefault("XLA_FLAGS", quick)
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _programs_of_a_file_end_with_it():
+  """Every compiled program holds some dozens of memory maps, of which a process may have 65 thousand."""
+  yield
+  jax.clear_caches()
+  gc.collect()

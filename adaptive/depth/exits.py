@@ -120,6 +120,8 @@ def check(config: ModelConfig, how: Exiting, trained: Sequence[int]) -> tuple[in
     not how.per_exit or (early > 0 and len(how.per_exit) % early == 0),
     f"method.exit.per_exit has {len(how.per_exit)} thresholds, which is no multiple of {early} early exits",
   )
+  finite = all(map(math.isfinite, (*how.thresholds, *how.per_exit)))
+  require(finite, "method.exit.thresholds and per_exit must be finite; 1e9 lets none leave")
   require(0 <= how.decay < 1, f"method.exit.decay={how.decay} must be at least 0 and less than 1")
   require(how.wait >= 1, f"method.exit.wait={how.wait} must be at least 1")
   require(how.decay_length > 0, f"method.exit.decay_length={how.decay_length} must be more than 0")
@@ -204,7 +206,7 @@ def _ask(exits: Exits, params: Params, which: int, walk: _Walk, positions: jax.A
   before, previous = walk.previous
   seen = Seen(logits, previous if which else None, walk.x, before, walk.agreed)
   value = signal.value(seen)
-  limit = jnp.asarray(rule.thresholds, jnp.float32)[which] * _decay(exits.how, positions)
+  limit = jnp.asarray(rule.thresholds, jnp.float32)[which] * decay(exits.how, positions)
   goes = walk.alive & ((value > limit) | (exits.depths[which] >= rule.depth))
   if logits is None:  # the head is for those that leave, if any does
     out = jax.lax.cond(jnp.any(goes), lambda: jnp.where(goes[..., None], head(), walk.logits), lambda: walk.logits)
@@ -215,7 +217,7 @@ def _ask(exits: Exits, params: Params, which: int, walk: _Walk, positions: jax.A
   return walk._replace(alive=walk.alive & ~goes, logits=out, previous=(walk.x, previous), agreed=agreed)
 
 
-def _decay(how: Exiting, positions: jax.Array) -> jax.Array | float:
+def decay(how: Exiting, positions: jax.Array) -> jax.Array | float:
   """Factor of a threshold at positions [b, t] (CALM, Section 3.3)."""
   if not how.decay:
     return 1.0

@@ -10,7 +10,7 @@ from adaptive import cost as costs
 from adaptive import executors
 from adaptive.backbone.transformer import Batch, Params
 from adaptive.depth import signals
-from adaptive.depth.exits import Exits
+from adaptive.depth.exits import Exits, decay
 from adaptive.evaluation.thresholds import Seen
 
 
@@ -39,6 +39,7 @@ def _look(exits: Exits, params: Params, batch: Batch) -> tuple[jax.Array, jax.Ar
     tops.append(jnp.argmax(logits, axis=-1))
     found.append(measure(signals.Seen(logits, before[1], x, before[0], agreed)))
     before, agreed = (x, logits), found[-1].astype(jnp.int32)  # only patience reads it, and counts in its signal
+  found = [signal / decay(exits.how, batch["positions"]) for signal in found]  # instead of each threshold times it
   return jnp.stack(found[:-1]), jnp.stack(tops) == tops[-1][None]
 
 

@@ -55,7 +55,7 @@ class _Timed:
   def __call__(self, row: np.ndarray, record: bool) -> None:
     """One turn on a row of at least prefill_tokens + RUN tokens."""
     params, prompt = self._decoder.params, self._prompt
-    pieces = [jnp.asarray(row[None, i : i + 1], jnp.int32) for i in range(prompt, prompt + RUN)]
+    pieces = [jnp.full((1, 1), row[i % len(row)], jnp.int32) for i in range(prompt, prompt + RUN)]
     tokens, many, one = jnp.asarray(row[None, :prompt], jnp.int32), jnp.full((1,), prompt), jnp.ones((1,), jnp.int32)
     cache = jax.block_until_ready(self._empty())
     start = time.perf_counter()

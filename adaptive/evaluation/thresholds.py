@@ -79,12 +79,13 @@ def for_budget(seen: Seen, budget: float) -> Solution:
   least = float(seen.costs[0] / seen.costs[-1])
   require(least <= budget <= 1, f"a budget of {budget:g} of the full model's FLOPs must lie in {least:.3g} .. 1")
   early = len(seen.signals)
-  best = None
+  lowest = np.nextafter(seen.signals[0].min(), -np.inf)
+  best = outcome(seen, (lowest, *[np.inf] * (early - 1)))  # all leave at once, which every budget allows
   for ratio in np.exp(np.linspace(-3, 3, 61)):
     for last in np.linspace(0, 1, 41):  # what is left for the model's own exit
       weights = ratio ** np.arange(early)
       found = outcome(seen, for_shares(seen, (1 - last) * weights / weights.sum()))
-      if found.share <= budget and (best is None or (found.agreement, -found.cost) > (best.agreement, -best.cost)):
+      if found.share <= budget and (found.agreement, -found.cost) > (best.agreement, -best.cost):
         best = found
   return best
 
@@ -111,15 +112,22 @@ def for_floor(seen: Seen, floor: float, confidence: float, grid: Sequence[float]
   that fails; with probability `confidence` over calibration sets the one returned is good on new text like it.
 
   Args:
-    floor: share of tokens that have to be the model's own. grid: thresholds, 1 and lower; quantiles of the signals
-      unless given. Never to leave is where it begins.
+    floor: share of tokens that have to be the model's own, mean over rows. grid: thresholds that are tried, chosen
+      without a look at these tokens; unless given, 200 steps from 1 to 0, or halves between the counts of patience.
+
+  Raises:
+    ConfigError: so few rows could not show such an agreement even if all tokens agreed.
   """
   require(0 < floor < 1, f"an agreement of {floor:g} must lie between 0 and 1")
   require(0 < confidence < 1, f"a confidence of {confidence:g} must lie between 0 and 1")
   if grid is None:
-    grid = np.unique(np.quantile(seen.signals, np.linspace(0, 1, 101)))
+    grid = np.linspace(0, 1, 201) if seen.signals.max() <= 1 else np.arange(len(seen.signals)) + 0.5
   _, row = np.unique(seen.rows, return_inverse=True)
   size = np.bincount(row)
+  require(
+    p_value(np.zeros(len(size)), 1 - floor) <= 1 - confidence,
+    f"{len(size)} rows cannot show an agreement of {floor:g} with confidence {confidence:g}: take more",
+  )
   kept = outcome(seen, (np.inf,) * len(seen.signals))
   for value in sorted(grid, reverse=True):
     thresholds = (float(value),) * len(seen.signals)

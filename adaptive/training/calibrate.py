@@ -10,6 +10,8 @@ from adaptive.data import validation_batches
 from adaptive.evaluation import calibration, thresholds
 from adaptive.training.run import load_params, load_run
 
+_NEVER = 1e9
+
 
 @dataclasses.dataclass(frozen=True)
 class Goals:
@@ -50,9 +52,11 @@ def calibrate(workdir: str, step: int | None, goals: Goals, changes: Sequence[st
   for goal, solution in found:
     print(f"{goal:36} {solution.share:6.3f} {solution.agreement:10.4f}  {_text(solution.thresholds)}")
   every = [value for _, solution in found for value in solution.thresholds]
-  print(f"\nto evaluate them:\n  python eval.py --workdir={workdir} --set='method.exit.per_exit=({_text(every)},)'")
+  kept = [change for change in changes if not change.startswith("method.exit.per_exit=")]
+  settings = [f"--set='{change}'" for change in (*kept, f"method.exit.per_exit=({_text(every)},)")]
+  print(f"\nto evaluate them:\n  python eval.py --workdir={workdir} --step={step} {' '.join(settings)}")
 
 
 def _text(values: Sequence[float]) -> str:
-  """Rounded up, so that no token more leaves; 2 is above every signal."""
-  return ", ".join(f"{min(value, 2.0) + 5e-7:.6f}" for value in values)
+  """Exactly, since a threshold is passed or not; never to leave is a number above every signal."""
+  return ", ".join(repr(min(float(value), _NEVER)) for value in values)

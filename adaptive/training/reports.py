@@ -19,6 +19,8 @@ from adaptive.training.checkpoint import Checkpointer
 from adaptive.training.run import CHECKPOINTS, Run, find_submodel, load_params, load_run
 from adaptive.training.workdir import load_config, open_workdir, user_errors
 
+CHANGED = "changed"  # a note of settings that differ from the run's own
+
 
 def evaluate(workdir: str, step: int | None, output: str, changes: Sequence[str] = (), **settings) -> Family:
   """Evaluates all sub-models of a checkpoint, prints the table, and writes the Pareto files into `output`.
@@ -31,6 +33,8 @@ def evaluate(workdir: str, step: int | None, output: str, changes: Sequence[str]
   _make_folder(output)
   step, params = load_params(run, workdir, step)
   family = _sweep(run, workdir, step, params)
+  if changes:
+    family = dataclasses.replace(family, notes={**family.notes, CHANGED: "; ".join(changes)})
   if jax.process_index() == 0:
     print(report.table(family))
     _write([family], output)
@@ -57,6 +61,9 @@ def compare(workdirs: Sequence[str], output: str, **settings) -> None:
     if [other.name for other in folders].count(folder.name) > 1:  # a/demo and b/demo would both be "demo"
       found = [dataclasses.replace(family, label=workdir) for family in found]
     families += found
+  for family in families:
+    if CHANGED in family.notes:
+      print(f"warning: the results of {family.label} are with {family.notes[CHANGED]}", file=sys.stderr)
   for note in ("data", "held out"):
     if len({family.notes.get(note) for family in families}) > 1:
       print(f"warning: the runs differ in {note!r}, their losses do not compare", file=sys.stderr)

@@ -76,7 +76,24 @@ def test_the_floor_holds_on_new_text_as_often_as_was_said():
   assert np.mean(shares) < 0.95, "it does let tokens leave"
 
 
-def test_a_floor_that_cannot_be_shown_lets_nobody_leave():
-  found = thresholds.for_floor(calibrated(rows=4), 0.999, 0.99)
+def test_a_floor_that_no_text_could_show_is_refused_and_one_that_this_text_does_not_lets_nobody_leave():
+  with pytest.raises(ConfigError, match="4 rows cannot show an agreement of 0.999"):
+    thresholds.for_floor(calibrated(rows=4), 0.999, 0.99)
+  found = thresholds.for_floor(calibrated(rows=300, shift=0.3), 0.97, 0.8)
   assert found.share == 1.0
   assert set(found.thresholds) == {np.inf}
+
+
+@pytest.mark.parametrize("budget", [0.3, 0.301, 0.35, 0.45, 0.9])
+def test_a_first_exit_that_is_never_sure_leaves_every_budget_a_solution(budget):
+  seen = calibrated()
+  seen.signals[0] = 0.0
+  assert thresholds.for_budget(seen, budget).share <= budget
+
+
+def test_counts_of_patience_have_thresholds_between_them():
+  seen = calibrated(rows=200)
+  counts = np.cumsum(seen.signals > 0.6, axis=0)
+  found = thresholds.for_floor(Seen(counts.astype(float), seen.right, seen.rows, seen.costs), 0.7, 0.8)
+  assert found.thresholds[0] % 1 == 0.5
+  assert found.share < 1

@@ -20,7 +20,8 @@ def built(**settings):
 
 
 def loss_of(model, params, batch, step=100):
-  return METHOD.loss(model, params, batch, METHOD.sample(model, 0, 0), jax.random.key(0), jnp.int32(step))
+  choice, key = METHOD.sample(model, 0, 0), jax.random.key(0)
+  return jax.jit(lambda p: METHOD.loss(model, p, batch, choice, key, jnp.int32(step)))(params)
 
 
 @pytest.mark.parametrize("heads", ["shared", "own"])

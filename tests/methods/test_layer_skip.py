@@ -22,7 +22,8 @@ def built(**settings):
 
 
 def loss_of(model, params, batch, step=0, key=0):
-  return METHOD.loss(model, params, batch, METHOD.sample(model, 0, 0), jax.random.key(key), jnp.int32(step))
+  choice, drawn = METHOD.sample(model, 0, 0), jax.random.key(key)
+  return jax.jit(lambda p: METHOD.loss(model, p, batch, choice, drawn, jnp.int32(step)))(params)
 
 
 def each_exit(model, params, batch):

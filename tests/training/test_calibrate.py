@@ -1,5 +1,6 @@
 """Calibration of a run's exits: what is collected is what the model does, and what is printed can be used."""
 
+import dataclasses
 import re
 
 import numpy as np
@@ -17,14 +18,16 @@ from adaptive.training.calibrate import Goals
 CONFIG, METHOD = tiny.model_config(), METHODS["early_exit"]
 
 
+@pytest.mark.parametrize("decay", [0.0, 0.3])
 @pytest.mark.parametrize("signal", ["max_probability", "patience", "cosine", "stability"])
-def test_thresholds_do_on_rows_what_was_collected_from_them(signal):
+def test_thresholds_do_on_rows_what_was_collected_from_them(signal, decay):
   """The exits of a forward pass with all keys, and its cost, are those that the calibration foresees."""
-  model = METHOD.build(CONFIG, METHOD.Config(exits=(1, 3), exit=Exiting(signal=signal, kv="exact")))
+  how = Exiting(signal=signal, kv="exact", decay=decay, decay_length=4, thresholds=())
+  model = METHOD.build(CONFIG, METHOD.Config(exits=(1, 3), exit=how))
   params, batch = tiny.random_params(model), tiny.packed_batch(CONFIG, rows=4)
   seen = calibration.collect(model.exits, params, [batch], 12)
   limits = np.quantile(seen.signals, [0.6, 0.4], axis=1).diagonal()
-  plan = Exiting(signal=signal, kv="exact", thresholds=(), per_exit=tuple(map(float, limits)))
+  plan = dataclasses.replace(how, per_exit=tuple(map(float, limits)))
   model = METHOD.build(CONFIG, METHOD.Config(exits=(1, 3), exit=plan))
   aux = METHOD.forward(model, params, batch, 2).aux
   left = thresholds.where_left(seen, limits)
@@ -57,12 +60,21 @@ def workdir(tmp_path_factory):
 
 
 def test_what_is_printed_can_be_evaluated(workdir, capsys):
-  calibrate.calibrate(str(workdir), None, Goals((0.8,), (0.5,), 0.8), [], None)
+  calibrate.calibrate(str(workdir), None, Goals((0.8,), (0.3,), 0.6), ["method.exit.signal=margin"], None)
   text = capsys.readouterr().out
-  (setting,) = re.findall(r"--set='(.+)'", text)
-  family = reports.evaluate(str(workdir), None, str(workdir), [setting], latency=False)
+  settings = re.findall(r"--set='([^']+)'", text)
+  assert settings[0] == "method.exit.signal=margin"
+  assert "--step=8 " in text
+  family = reports.evaluate(str(workdir), None, str(workdir), settings, latency=False)
   assert [r.name for r in family.results if "plan" in r.name] == ["plan=1", "plan=2"]
-  assert "confidence 0.8" in text
+  assert family.notes["changed"].startswith("method.exit.signal=margin; ")
+  assert "confidence 0.6" in text
+
+
+def test_what_is_printed_is_exact():
+  values = (0.1 + 1e-9, float(np.float32(0.999999)), np.nextafter(0.0, -1), 3.5, np.inf)
+  read = [float(value) for value in calibrate._text(values).split(", ")]
+  assert read == [*values[:4], 1e9]
 
 
 @pytest.mark.parametrize(
@@ -73,6 +85,9 @@ def test_what_is_printed_can_be_evaluated(workdir, capsys):
     ("method.exits=(2,)", "method.exits is part of what was trained"),
     ("method.exit.signal=certainty", "method.exit.signal='certainty' is not one of"),
     ("nonsense.x=1", "unknown config field nonsense.x"),
+    ("evaluation.rows={1}", "neither a number, nor a word"),
+    ("method.exit.thresholds={[1]: 2}", "must be a tuple"),
+    ("method.exit.thresholds=(1e999,)", "must be finite"),
   ],
 )
 def test_settings_that_cannot_be_changed_are_one_line(workdir, change, message):

@@ -18,6 +18,8 @@ BATCH = tiny.packed_batch(MODEL, rows=8)
 SETTINGS = {
   "dense": {},
   "sorted_net": dict(d_ff=(8, 24), accum_data="shared", executor="mask", scheme="all"),
+  "early_exit": dict(exits=(1,), heads="own"),
+  "layer_skip": dict(dropout=0.0, curriculum="none"),  # drops are drawn for each micro-batch
   "recursive": dict(num_recursions=2, sharing="cycle"),
   # The router's loss is a mean over candidates, of which micro-batches may have more or fewer for their tokens.
   "mixture_of_recursions": dict(num_recursions=2, sharing="cycle", router_loss=0.0),
