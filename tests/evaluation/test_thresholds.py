@@ -80,8 +80,8 @@ def test_a_floor_that_no_text_could_show_is_refused_and_a_high_one_lets_few_leav
   with pytest.raises(ConfigError, match="4 rows cannot show an agreement of 0.999"):
     thresholds.for_floor(calibrated(rows=4), 0.999, 0.99)
   strict, loose = (thresholds.for_floor(calibrated(rows=300, shift=0.3), floor, 0.8) for floor in (0.98, 0.8))
-  assert 0.98 <= strict.agreement
-  assert 0.9 < strict.share
+  assert strict.agreement >= 0.98
+  assert strict.share > 0.9
   assert loose.share < strict.share
 
 
