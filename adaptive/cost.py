@@ -24,6 +24,16 @@ class Cost:
   kv_bytes_per_token: int
 
 
+def with_params(cost: Cost, more: int) -> Cost:
+  """The cost of a model with so many parameters more, or fewer, none of them an embedding's."""
+  return dataclasses.replace(
+    cost,
+    params_total=cost.params_total + more,
+    params_non_embedding=cost.params_non_embedding + more,
+    params_active=cost.params_active + more,
+  )
+
+
 def layer_params(config: ModelConfig) -> int:
   """Parameters of one layer."""
   c, h = config, config.head_size

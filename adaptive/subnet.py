@@ -7,6 +7,7 @@ key/value heads never change.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -98,12 +99,16 @@ def extract(config: ModelConfig, params: Params, subnet: Subnet) -> Params:
 
   A pure tree operation: under `jax.grad` the parent's other parameters get exact zeros.
   """
-  if subnet.layer_path == tuple(range(len(subnet.layer_path))):
-    pick = lambda leaf: leaf[: len(subnet.layer_path)]  # a prefix is a view or a cheap copy; a gather is neither
-  else:
-    pick = lambda leaf: leaf[jax.numpy.asarray(subnet.layer_path)]
   layers = cut_widths(config, params["layers"], *subnet.widths)
-  return {**params, "layers": jax.tree.map(pick, layers)}
+  return {**params, "layers": pick(layers, subnet.layer_path)}
+
+
+def pick(layers: Params, path: Sequence[int]) -> Params:
+  """Some of the stacked layers, in the order given; one may be there several times."""
+  start, stop = (path[0], path[-1] + 1) if path else (0, 0)
+  if tuple(path) == tuple(range(start, stop)):
+    return jax.tree.map(lambda leaf: leaf[start:stop], layers)  # a view or a cheap copy; a gather is neither
+  return jax.tree.map(lambda leaf: leaf[jax.numpy.asarray(path)], layers)
 
 
 def mask_layers(config: ModelConfig, layers: Params, active: jax.Array, q_per_kv: jax.Array, d_ff: jax.Array) -> Params:

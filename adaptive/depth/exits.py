@@ -14,15 +14,19 @@ import jax
 import jax.numpy as jnp
 
 from adaptive import cost as costs
+from adaptive import subnet
 from adaptive.backbone import decoding
 from adaptive.backbone.layers import rms_norm
 from adaptive.backbone.transformer import Batch, Params, Transformer
 from adaptive.config import ModelConfig, require
 from adaptive.depth import visits
-from adaptive.depth.signals import SIGNALS, Seen
+from adaptive.depth.signals import SIGNALS, Seen, Signal
 from adaptive.losses import SumCount
 
 KeyValues = Literal["project", "copy", "hole", "exact"]
+SignalName = Literal[
+  "max_probability", "margin", "entropy", "stability", "patience", "cosine", "saturation", "random", "learned"
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +35,7 @@ class Exiting:
 
   Attributes:
     depths: numbers of layers after which a token may leave; empty: wherever the model was trained to.
-    signal: what says that a token is sure, see `adaptive.depth.signals`.
+    signal: what says that a token is sure, see `adaptive.depth.signals`; `learned` is what the method trained for it.
     thresholds: each is a sub-model: a token leaves where its signal is above, strictly.
     per_exit: each entry is a sub-model too: a threshold for every exit but the last, one after the other for all
       sub-models (what the solver of `adaptive.evaluation.thresholds` finds).
@@ -42,9 +46,7 @@ class Exiting:
   """
 
   depths: tuple[int, ...] = ()
-  signal: Literal["max_probability", "margin", "entropy", "stability", "patience", "cosine", "saturation"] = (
-    "max_probability"
-  )
+  signal: SignalName = "max_probability"
   thresholds: tuple[float, ...] = (0.5, 0.7, 0.9)
   per_exit: tuple[float, ...] = ()
   decay: float = 0.0
@@ -68,6 +70,21 @@ class Rule(NamedTuple):
   thresholds: tuple[float, ...] | jax.Array
 
 
+class Loop(NamedTuple):
+  """What happens before each segment of the layers where a recurrence has more to it than layers that run again.
+
+  Attributes:
+    lead: number of layers that run once, before the loop; e [b, t, d] is the stream after them.
+    start: (params, e, positions [b, t]) -> the stream with which the loop begins.
+    enter: (params, x, e) -> what the layers of a pass read, [b, t, d]. flops: of that, for a token and pass.
+  """
+
+  lead: int
+  start: Callable[[Params, jax.Array, jax.Array], jax.Array]
+  enter: Callable[[Params, jax.Array, jax.Array], jax.Array]
+  flops: float = 0.0
+
+
 class Exits(NamedTuple):
   """The exits of a model.
 
@@ -75,21 +92,46 @@ class Exits(NamedTuple):
     model: the backbone. how: settings. depths: of all exits, increasing; the last is the model's.
     own: (params, depth) -> the norm's scale [d] and the matrix [d, v] of an exit's own head, or None where it uses the
       model's.
+    learned: (params, exit) -> the signal that the method trained.
+    path: which of the parameters' layers each layer is, where some run several times; in their order if empty.
+    shown: depth -> the dial of a sub-model where all leave there.
+    loop: what passes of a shared block begin with.
+    added_params: parameters beside the backbone's that the full model needs. learned_flops: of a learned signal, for
+      each token and exit that is asked.
   """
 
   model: Transformer
   how: Exiting
   depths: tuple[int, ...]
   own: Callable[[Params, int], Params | None] = lambda params, depth: None
+  learned: Callable[[Params, int], Signal] | None = None
+  path: tuple[int, ...] = ()
+  shown: Callable[[int], tuple[str, int]] = lambda depth: ("depth", depth)
+  loop: Loop | None = None
+  added_params: int = 0
+  learned_flops: float = 0.0
 
   @property
   def config(self) -> ModelConfig:
     return self.model.config
 
   @property
+  def layers(self) -> tuple[int, ...]:
+    """Which of the parameters' layers each layer is."""
+    return self.path or tuple(range(self.config.num_layers))
+
+  @property
   def segments(self) -> tuple[tuple[int, int], ...]:
     """First and last + 1 layer before each exit."""
     return tuple(zip((0, *self.depths), self.depths))
+
+  def signal(self, params: Params, which: int) -> Signal:
+    """What says at an exit that a token is sure; it reads logits at all exits or at none."""
+    return self.learned(params, which) if self.how.signal == "learned" else SIGNALS[self.how.signal]
+
+  @property
+  def reads_logits(self) -> bool:
+    return self.signal({}, 0).reads_logits
 
   def head(self, params: Params, which: int, x: jax.Array) -> jax.Array:
     """Float32 logits [b, t, v] at an exit."""
@@ -99,13 +141,14 @@ class Exits(NamedTuple):
     return norm_and_matrix(x, own["scale"], own["matrix"], self.config.norm_eps)
 
 
-def check(config: ModelConfig, how: Exiting, trained: Sequence[int]) -> tuple[int, ...]:
+def check(config: ModelConfig, how: Exiting, trained: Sequence[int], learned: bool = False) -> tuple[int, ...]:
   """The depths of all exits, the model's last; ConfigError for those that cannot be.
 
   Args:
-    trained: depths at which the model was trained to leave.
+    trained: depths at which the model was trained to leave. learned: whether the method trains a signal.
   """
   full = config.num_layers
+  require(how.signal != "learned" or learned, "method.exit.signal='learned': this method trains none")
   depths = how.depths or tuple(trained)
   for name, wanted in (("method.exits", trained), ("method.exit.depths", how.depths)):
     require(
@@ -132,12 +175,12 @@ def rules(exits: Exits) -> dict[tuple[tuple[str, int | float], ...], Rule]:
   """Every sub-model by its dial: a fixed depth, a threshold, thresholds for each exit; the full model last."""
   how, early = exits.how, len(exits.depths) - 1
   full, never = exits.depths[-1], (math.inf,) * early
-  found = {(("depth", depth),): Rule(depth, never) for depth in exits.depths[:-1]}
+  found = {(exits.shown(depth),): Rule(depth, never) for depth in exits.depths[:-1]}
   if early:
     found |= {(("threshold", value),): Rule(full, (value,) * early) for value in how.thresholds}
     plans = [how.per_exit[start : start + early] for start in range(0, len(how.per_exit), early)]
     found |= {(("plan", number),): Rule(full, plan) for number, plan in enumerate(plans, 1)}
-  return {**found, (("depth", full),): Rule(full, never)}
+  return {**found, (exits.shown(full),): Rule(full, never)}
 
 
 def fixed(rule: Rule) -> bool:
@@ -153,19 +196,56 @@ def choose(all_rules: Sequence[Rule], index: int | jax.Array) -> Rule:
   return Rule(jnp.asarray(depths)[index], jnp.asarray(thresholds, jnp.float32)[index])
 
 
-class _Walk(NamedTuple):
+class Walk(NamedTuple):
   """What is known of the tokens on their way up.
 
   Attributes:
     x: residual stream [b, t, d]. alive: which have not left, bool [b, t]. logits: of those that have, [b, t, v].
-    previous: stream and logits at the exit before. agreed: int32 [b, t], see `Seen`.
+    previous: stream and logits at the exit before.
+    memory: of the signal, float32 [b, t]. mean: of the streams so far, [b, t, d]; None where the signal averages none.
   """
 
   x: jax.Array
   alive: jax.Array
   logits: jax.Array
   previous: tuple[jax.Array, jax.Array]
-  agreed: jax.Array
+  memory: jax.Array
+  mean: jax.Array | None
+
+
+def begin(exits: Exits, x: jax.Array, real: jax.Array) -> Walk:
+  """Of tokens [b, t, d] below all layers, those that are no padding, bool [b, t]."""
+  vocab = jnp.zeros((*x.shape[:2], exits.config.vocab_size), jnp.float32)
+  mean = jnp.zeros_like(x) if exits.signal({}, 0).averages else None
+  return Walk(x, real, vocab, (x, vocab), jnp.zeros(real.shape, jnp.float32), mean)
+
+
+def look(
+  exits: Exits, params: Params, which: int, walk: Walk, positions: jax.Array
+) -> tuple[jax.Array, jax.Array | None, jax.Array, jax.Array]:
+  """What an early exit says of tokens that have come there.
+
+  Returns:
+    The signal [b, t], logits [b, t, v] if it reads them, what the head reads of a token that leaves [b, t, d], and what
+    the mean is for one that stays.
+  """
+  signal, (before, previous) = exits.signal(params, which), walk.previous
+  logits = exits.head(params, which, walk.x) if signal.reads_logits else None
+  value = signal.value(Seen(logits, previous if which else None, walk.x, before, positions, walk.memory))
+  if not signal.averages:
+    return value, logits, walk.x, walk.mean
+  grown = signal.remember(value, walk.memory) - walk.memory
+  return value, logits, _added(walk, 1 - walk.memory), _added(walk, grown)
+
+
+def _added(walk: Walk, weight: jax.Array) -> jax.Array:
+  """The mean with the present stream in it."""
+  return walk.mean + weight[..., None].astype(walk.x.dtype) * walk.x
+
+
+def last_read(walk: Walk) -> jax.Array:
+  """What the model's own head reads of tokens that have come to it."""
+  return walk.x if walk.mean is None else _added(walk, 1 - walk.memory)
 
 
 # (exit, x [b, t, d], alive [b, t], state) -> (x after the layers before that exit, state)
@@ -184,8 +264,7 @@ def leave(
     Logits [b, t, v] of the exit where each left, which tokens ran the layers before each exit (bool [b, t] each), and
     the last state.
   """
-  vocab = jnp.zeros((*x.shape[:2], exits.config.vocab_size), jnp.float32)
-  walk, ran = _Walk(x, real, vocab, (x, vocab), jnp.zeros(real.shape, jnp.int32)), []
+  walk, ran = begin(exits, x, real), []
   for which in range(len(exits.depths)):
     ran.append(walk.alive)
     x, state = run(which, walk.x, walk.alive, state)
@@ -196,25 +275,22 @@ def leave(
   return walk.logits, ran, state
 
 
-def _ask(exits: Exits, params: Params, which: int, walk: _Walk, positions: jax.Array, rule: Rule) -> _Walk:
+def _ask(exits: Exits, params: Params, which: int, walk: Walk, positions: jax.Array, rule: Rule) -> Walk:
   """Lets those leave at an exit that are sure; at the last one, all."""
   if which == len(exits.depths) - 1:
-    logits = exits.head(params, which, walk.x)
+    logits = exits.head(params, which, last_read(walk))
     return walk._replace(logits=jnp.where(walk.alive[..., None], logits, walk.logits), alive=jnp.zeros_like(walk.alive))
-  signal, head = SIGNALS[exits.how.signal], lambda: exits.head(params, which, walk.x)
-  logits = head() if signal.reads_logits else None
-  before, previous = walk.previous
-  seen = Seen(logits, previous if which else None, walk.x, before, walk.agreed)
-  value = signal.value(seen)
+  value, logits, read, mean = look(exits, params, which, walk, positions)
   limit = jnp.asarray(rule.thresholds, jnp.float32)[which] * decay(exits.how, positions)
   goes = walk.alive & ((value > limit) | (exits.depths[which] >= rule.depth))
   if logits is None:  # the head is for those that leave, if any does
-    out = jax.lax.cond(jnp.any(goes), lambda: jnp.where(goes[..., None], head(), walk.logits), lambda: walk.logits)
+    head = lambda: jnp.where(goes[..., None], exits.head(params, which, read), walk.logits)
+    out = jax.lax.cond(jnp.any(goes), head, lambda: walk.logits)
   else:
     out = jnp.where(goes[..., None], logits, walk.logits)
-  agreed = value.astype(jnp.int32) if exits.how.signal == "patience" else walk.agreed
-  previous = previous if logits is None else logits
-  return walk._replace(alive=walk.alive & ~goes, logits=out, previous=(walk.x, previous), agreed=agreed)
+  previous = walk.previous[1] if logits is None else logits
+  memory = exits.signal(params, which).remember(value, walk.memory)
+  return Walk(walk.x, walk.alive & ~goes, out, (walk.x, previous), memory, mean)
 
 
 def decay(how: Exiting, positions: jax.Array) -> jax.Array | float:
@@ -232,23 +308,62 @@ def realised(exits: Exits, ran: Sequence[jax.Array], real: jax.Array) -> Mapping
   return {f"ran/{depth}": (some, number) for depth, some in zip(exits.depths, tokens)} | {"layers": (layers, number)}
 
 
+# (first layer, last + 1, x [b, t, d], who runs them [b, t], state) -> (x, state)
+Span = Callable[[int, int, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
+
+
+def run_of(exits: Exits, params: Params, positions: jax.Array, span: Span) -> Run:
+  """The layers before an exit, whatever runs some layers, with what a loop does around them.
+
+  The state is a pair: that of `span`, and e of the loop, whatever it is before it begins.
+  """
+
+  def run(which: int, x: jax.Array, alive: jax.Array, state: tuple[Any, jax.Array]):
+    (start, stop), loop, (inner, e) = exits.segments[which], exits.loop, state
+    if loop is None:
+      x, inner = span(start, stop, x, alive, inner)
+      return x, (inner, e)
+    if which == 0:
+      e, inner = span(start, loop.lead, x, alive, inner) if loop.lead else (x, inner)
+      x, start = loop.start(params, e, positions), loop.lead
+    y, inner = span(start, stop, loop.enter(params, x, e), alive, inner)
+    return jnp.where(alive[..., None], y, x), (inner, e)
+
+  return run
+
+
 def one_shot(exits: Exits, params: Params, batch: Batch, rule: Rule) -> tuple[jax.Array, Mapping[str, SumCount]]:
   """Logits [b, t, v] of whole rows, each token's of the exit where it leaves; and what was realised."""
-  config, kv = exits.config, exits.how.kv
-  x, context = exits.model.apply({"params": params}, batch, method="embed")
-
-  def run(which: int, x: jax.Array, alive: jax.Array, last):
-    start, stop = exits.segments[which]
-    layers = jax.tree.map(lambda leaf: leaf[start:stop], params["layers"])
-    everyone = jnp.ones_like(alive)
-    return visits.one_shot(config, layers, x, context, *((everyone, "project") if kv == "exact" else (alive, kv)), last)
-
+  exact = exits.how.kv == "exact"
+  x, climb, state = whole_rows(exits, params, batch, "project" if exact else exits.how.kv)
   everyone = jnp.ones(x.shape[:2], bool)  # padding too, which nobody sees, as in the plain model
-  logits, ran, _ = leave(exits, params, x, batch["positions"], everyone, rule, run, visits.nothing(config, x))
+  run = (lambda which, x, alive, state: climb(which, x, everyone, state)) if exact else climb
+  logits, ran, _ = leave(exits, params, x, batch["positions"], everyone, rule, run, state)
   found = realised(exits, ran, batch["segment_ids"] > 0)
-  if kv == "exact":
+  if exact:
     found["layer_tokens"] = lazy_layers(exits, ran, batch["segment_ids"]), found["layers"][1]
   return logits, found
+
+
+def whole_rows(exits: Exits, params: Params, batch: Batch, kv: visits.Rule) -> tuple[jax.Array, Run, Any]:
+  """Embedded tokens [b, t, d] of whole rows, what takes them up, and the state with which it begins."""
+  x, context = exits.model.apply({"params": params}, batch, method="embed")
+
+  def span(start: int, stop: int, x: jax.Array, alive: jax.Array, last):
+    layers = subnet.pick(params["layers"], exits.layers[start:stop])
+    return visits.one_shot(exits.config, layers, x, context, alive, kv, last)
+
+  return x, run_of(exits, params, batch["positions"], span), (visits.nothing(exits.config, x), x)
+
+
+def streams(exits: Exits, params: Params, batch: Batch) -> list[jax.Array]:
+  """Residual stream at every exit, [b, t, d] each, when nobody leaves."""
+  x, run, state = whole_rows(exits, params, batch, "project")
+  everyone, found = jnp.ones(x.shape[:2], bool), []
+  for which in range(len(exits.depths)):
+    x, state = run(which, x, everyone, state)
+    found.append(x)
+  return found
 
 
 def lazy_layers(exits: Exits, ran: Sequence[jax.Array], segment_ids: jax.Array) -> jax.Array:
@@ -283,16 +398,15 @@ def decoder(exits: Exits, params: Params, rule: Rule) -> tuple[Params, Callable,
     offsets = jnp.arange(length, dtype=jnp.int32)[None]
     real = offsets < counts[:, None]
 
-    def run(which: int, x: jax.Array, alive: jax.Array, state):
-      caches, last = state
-      start, stop = exits.segments[which]
-      found = visits.step(config, params["layers"][start:stop], x, context, alive, kv, caches[start:stop], last)
-      return found[0], ((*caches[:start], *found[1], *caches[stop:]), found[2])
+    def span(start: int, stop: int, x: jax.Array, alive: jax.Array, state):
+      (caches, last), layers = state, [params["layers"][layer] for layer in exits.layers[start:stop]]
+      x, after, last = visits.step(config, layers, x, context, alive, kv, caches[start:stop], last)
+      return x, ((*caches[:start], *after, *caches[stop:]), last)
 
     x = exits.model.apply({"params": params}, tokens, method=lambda m, t: m.embedding.encode(t))
-    state = cache.layers, visits.nothing(config, x)
     positions = cache.lengths[:, None] + offsets
-    logits, ran, (layers, _) = leave(exits, params, x, positions, real, rule, run, state)
+    run, state = run_of(exits, params, positions, span), ((cache.layers, visits.nothing(config, x)), x)
+    logits, ran, ((layers, _), _) = leave(exits, params, x, positions, real, rule, run, state)
     logits = decoding.last_of(logits, counts)[:, 0]
     return logits, Cache(layers, cache.lengths + counts), realised(exits, ran, real)
 
@@ -307,10 +421,12 @@ def cost(exits: Exits, rule: Rule, seq_len: int, realised: Mapping[str, SumCount
   the row needs them. A `hole` is still counted as attended to.
   """
   config, how = exits.config, exits.how
+  passes = sum(depth <= rule.depth for depth in exits.depths) if fixed(rule) else len(exits.depths)
+  dense = costs.dense_cost(dataclasses.replace(config, num_layers=rule.depth), seq_len)
+  dense = costs.with_params(dense, exits.added_params - repeated(exits, rule.depth) * costs.layer_params(config))
+  loop = exits.loop.flops if exits.loop else 0.0
   if fixed(rule):  # stands alone, without the layers above the dial's depth
-    config = dataclasses.replace(config, num_layers=rule.depth)
-    return costs.dense_cost(config, seq_len)
-  dense = costs.dense_cost(config, seq_len)
+    return dataclasses.replace(dense, flops_per_token=dense.flops_per_token + passes * loop)
   ran = [realised[f"ran/{depth}"] if realised else (1.0, 1.0) for depth in exits.depths]
   shares = [float(some) / float(number) for some, number in ran]
   layer = costs.layer_flops(config, (seq_len + 1) / 2)
@@ -320,8 +436,15 @@ def cost(exits: Exits, rule: Rule, seq_len: int, realised: Mapping[str, SumCount
   )
   if "layer_tokens" in realised:
     layers = layer * float(realised["layer_tokens"][0]) / float(realised["layer_tokens"][1])
-  heads = sum(shares) if SIGNALS[how.signal].reads_logits else 1.0
-  return dataclasses.replace(dense, flops_per_token=layers + heads * costs.head_flops(config))
+  heads = sum(shares) if exits.reads_logits else 1.0
+  asked = exits.learned_flops * sum(shares[:-1]) if how.signal == "learned" else 0.0
+  total = layers + heads * costs.head_flops(config) + asked + loop * sum(shares)
+  return dataclasses.replace(dense, flops_per_token=total)
+
+
+def repeated(exits: Exits, depth: int) -> int:
+  """How many of the first layers are runs of a layer that has run before, and bring no parameters."""
+  return depth - len(set(exits.layers[:depth]))
 
 
 def norm_and_matrix(x: jax.Array, scale: jax.Array, matrix: jax.Array, eps: float) -> jax.Array:

@@ -61,7 +61,7 @@ def decoder(exits: parts.Exits, params: Params, rule: parts.Rule, wait: int) -> 
   def step(params: Params, tokens: jax.Array, counts: jax.Array, cache: Cache):
     """A prompt goes all the way up: its tokens' own exits decide what is read, and nothing waits."""
     if tokens.shape[1] > 1:
-      cache = _flush(config, params, cache)
+      cache = _flush(exits, params, cache)
     slots = cache.layers[0].key.shape[2]
     offsets = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
     positions, real = cache.lengths[:, None] + offsets, offsets < counts[:, None]
@@ -83,7 +83,9 @@ def decoder(exits: parts.Exits, params: Params, rule: parts.Rule, wait: int) -> 
           moving = jnp.concatenate([along, goes], axis=1)
           where = jnp.concatenate([cache.positions, positions], axis=1)
           context = _context(config, jnp.where(moving, where, NOBODY), slots)
-          y, (own,) = decoding.run_layers(config, (params["layers"][layer],), both, context, (cache.layers[layer],))
+          y, (own,) = decoding.run_layers(
+            config, (params["layers"][exits.layers[layer]],), both, context, (cache.layers[layer],)
+          )
           both = jnp.where(moving[..., None], y, both)
           waiting, new_x = both[:, :wait], both[:, wait:]
           depths = jnp.where(along, layer + 1, cache.depths)
@@ -128,16 +130,18 @@ def _leave_behind(cache: Cache, x: jax.Array, position, depth, real, full: int) 
   )
 
 
-def _flush(config, params: Params, cache: Cache) -> Cache:
+def _flush(exits: parts.Exits, params: Params, cache: Cache) -> Cache:
   """All that wait go all the way up."""
-  full, slots = len(cache.layers), cache.layers[0].key.shape[2]
+  config, full, slots = exits.config, len(cache.layers), cache.layers[0].key.shape[2]
 
   def climb(cache: Cache) -> Cache:
     layers, x, depths = list(cache.layers), cache.x, cache.depths
     for layer in range(full):
       moving = depths == layer
       context = _context(config, jnp.where(moving, cache.positions, NOBODY), slots)
-      y, (layers[layer],) = decoding.run_layers(config, (params["layers"][layer],), x, context, (layers[layer],))
+      y, (layers[layer],) = decoding.run_layers(
+        config, (params["layers"][exits.layers[layer]],), x, context, (layers[layer],)
+      )
       x, depths = jnp.where(moving[..., None], y, x), jnp.where(moving, layer + 1, depths)
     return Cache(tuple(layers), cache.lengths, x, jnp.full_like(cache.positions, NOBODY), depths)
 

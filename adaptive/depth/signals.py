@@ -19,21 +19,37 @@ class Seen(NamedTuple):
     logits: float32 [..., v] at this exit; None for a signal that reads none. previous_logits: at the exit before; None
       at the first.
     x, previous_x: residual stream [..., d] here and one exit (at the first: all its layers) earlier.
-    agreed: at how many exits in a row, before this one, the likeliest token was the same; int32 [...].
+    positions: of the tokens in their documents, int32 [...].
+    memory: what the signal remembers of the exits before (`Signal.remember`), float32 [...]; 0 at the first.
   """
 
   logits: jax.Array | None
   previous_logits: jax.Array | None
   x: jax.Array
   previous_x: jax.Array
-  agreed: jax.Array
+  positions: jax.Array
+  memory: jax.Array
+
+
+def _nothing(value: jax.Array, memory: jax.Array) -> jax.Array:
+  return memory
 
 
 class Signal(NamedTuple):
-  """A function of what is seen, and whether it reads logits: those cost a head at every exit that a token passes."""
+  """What says how sure a model is.
+
+  Attributes:
+    value: a function of what is seen at an exit.
+    reads_logits: whether it reads them: they cost a head at every exit that a token passes.
+    remember: (value, memory) -> memory at the next exit.
+    averages: what the head reads of a token that leaves is not its stream but a mean of its streams at all exits so
+      far, each weighed by what the memory grew by there, the last by what was missing to 1 (adaptive computation time).
+  """
 
   value: Callable[[Seen], jax.Array]
   reads_logits: bool
+  remember: Callable[[jax.Array, jax.Array], jax.Array] = _nothing
+  averages: bool = False
 
 
 def max_probability(seen: Seen) -> jax.Array:
@@ -82,7 +98,18 @@ def patience(seen: Seen) -> jax.Array:
   if seen.previous_logits is None:
     return jnp.zeros(seen.x.shape[:-1])
   same = jnp.argmax(seen.logits, axis=-1) == jnp.argmax(seen.previous_logits, axis=-1)
-  return jnp.where(same, seen.agreed + 1, 0).astype(jnp.float32)
+  return jnp.where(same, seen.memory + 1, 0.0)
+
+
+def random(seen: Seen) -> jax.Array:
+  """Uniform noise, the same for the same position and history: the baseline that no signal may lose to.
+
+  A threshold of 1 - p at an exit lets a share p of those there leave, whatever they are.
+  """
+  key = lambda position, passed: jax.random.fold_in(jax.random.fold_in(jax.random.key(0), position), passed)
+  draw = lambda position, passed: jax.random.uniform(key(position, passed))
+  flat = jax.vmap(draw)(seen.positions.reshape(-1), seen.memory.reshape(-1).astype(jnp.int32))
+  return flat.reshape(seen.positions.shape)
 
 
 SIGNALS = {
@@ -90,7 +117,8 @@ SIGNALS = {
   "margin": Signal(margin, True),
   "entropy": Signal(entropy, True),
   "stability": Signal(stability, True),
-  "patience": Signal(patience, True),
+  "patience": Signal(patience, True, lambda value, memory: value),
   "cosine": Signal(cosine, False),
   "saturation": Signal(saturation, False),
+  "random": Signal(random, False, lambda value, memory: memory + 1),
 }

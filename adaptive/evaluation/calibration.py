@@ -1,16 +1,15 @@
 """What a model with early exits shows on held-out text: what `adaptive.evaluation.thresholds` chooses by."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from adaptive import cost as costs
-from adaptive import executors
 from adaptive.backbone.transformer import Batch, Params
-from adaptive.depth import signals
-from adaptive.depth.exits import Exits, decay
+from adaptive.depth import exits as parts
+from adaptive.depth.exits import Exits
 from adaptive.evaluation.thresholds import Seen
 
 
@@ -30,23 +29,30 @@ def collect(exits: Exits, params: Params, batches: Sequence[Batch], seq_len: int
 
 def _look(exits: Exits, params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
   """Signals [e - 1, b, t] and whether the likeliest token is the model's [e, b, t]."""
+  hidden, positions = parts.streams(exits, params, batch), batch["positions"]
   x, _ = exits.model.apply({"params": params}, batch, method="embed")
-  hidden = executors.exits(exits.config, params, batch, exits.depths)
-  measure: Callable = signals.SIGNALS[exits.how.signal].value
-  before, agreed, found, tops = (x, None), jnp.zeros(x.shape[:2], jnp.int32), [], []
-  for which, x in enumerate(hidden):
-    logits = exits.head(params, which, x)
+  walk, found, tops = parts.begin(exits, x, jnp.ones(x.shape[:2], bool)), [], []
+  for which, x in enumerate(hidden[:-1]):
+    walk = walk._replace(x=x)
+    value, logits, read, mean = parts.look(exits, params, which, walk, positions)
+    logits = exits.head(params, which, read) if logits is None else logits
+    memory = exits.signal(params, which).remember(value, walk.memory)
+    walk = walk._replace(previous=(x, logits), memory=memory, mean=mean)
+    found.append(value / parts.decay(exits.how, positions))  # instead of each threshold times it
     tops.append(jnp.argmax(logits, axis=-1))
-    found.append(measure(signals.Seen(logits, before[1], x, before[0], agreed)))
-    before, agreed = (x, logits), found[-1].astype(jnp.int32)  # only patience reads it, and counts in its signal
-  found = [signal / decay(exits.how, batch["positions"]) for signal in found]  # instead of each threshold times it
-  return jnp.stack(found[:-1]), jnp.stack(tops) == tops[-1][None]
+  last = exits.head(params, len(found), parts.last_read(walk._replace(x=hidden[-1])))
+  tops.append(jnp.argmax(last, axis=-1))
+  return jnp.stack(found), jnp.stack(tops) == tops[-1][None]
 
 
 def exit_costs(exits: Exits, seq_len: int) -> np.ndarray:
-  """FLOPs of a token that leaves at each exit, [e]: its layers, the heads that were asked, keys of layers above."""
-  config, how = exits.config, exits.how
+  """FLOPs of a token that leaves at each exit, [e]: its layers, what asked and read it, keys of layers above."""
+  config, full = exits.config, exits.depths[-1]
   layer, head = costs.layer_flops(config, (seq_len + 1) / 2), costs.head_flops(config)
-  above = costs.key_value_flops(config) if how.kv == "project" else 0.0
-  asked = [which + 1 if signals.SIGNALS[how.signal].reads_logits else 1 for which in range(len(exits.depths))]
-  return np.array([d * layer + (exits.depths[-1] - d) * above + n * head for d, n in zip(exits.depths, asked)])
+  above = costs.key_value_flops(config) if exits.how.kv == "project" else 0.0
+  learned = exits.learned_flops if exits.how.signal == "learned" else 0.0
+  loop, found = exits.loop.flops if exits.loop else 0.0, []
+  for which, depth in enumerate(exits.depths):
+    heads, asked = which + 1 if exits.reads_logits else 1, min(which + 1, len(exits.depths) - 1)
+    found.append(depth * layer + (full - depth) * above + heads * head + asked * learned + (which + 1) * loop)
+  return np.array(found)

@@ -40,8 +40,9 @@ def forward(model: nn.Module, params: Params, batch: Batch, index: int | jax.Arr
   """Logits of the exit where each token leaves; a fixed depth is cut out when the index is an int."""
   rules = list(parts.rules(model.exits).values())
   check_index(index, len(rules))
-  if isinstance(index, int) and parts.fixed(rules[index]):
-    config, small = extract(model, params, submodels(model)[index])
+  found = extract(model, params, submodels(model)[index]) if isinstance(index, int) else None
+  if found is not None:
+    config, small = found
     return Output(Transformer(config).apply({"params": small}, batch), {})
   return Output(*parts.one_shot(model.exits, params, batch, parts.choose(rules, index)))
 
@@ -51,13 +52,16 @@ def cost(model: nn.Module, submodel: SubModel, seq_len: int, realised: Metrics) 
 
 
 def extract(model: nn.Module, params: Params, submodel: SubModel) -> tuple[ModelConfig, Params] | None:
-  """A fixed depth as a dense model, with the exit's own head where it has one; None for thresholds."""
-  rule = _rule(model, submodel)
-  if not parts.fixed(rule):
+  """A fixed depth as a dense model, with the exit's own head where it has one; None for thresholds.
+
+  None, too, where a pass of a loop is more than its layers, and where a head reads a mean of streams.
+  """
+  rule, exits = _rule(model, submodel), model.exits
+  if not parts.fixed(rule) or exits.loop is not None or exits.signal(params, 0).averages:
     return None
-  own = model.exits.own(params, rule.depth)
+  own = exits.own(params, rule.depth)
   params = {name: params[name] for name in ("embedding", "layers", "final_norm")}
-  part = subnet.prefix(model.config, rule.depth)
+  part = dataclasses.replace(subnet.prefix(model.config), layer_path=exits.layers[: rule.depth])
   config, small = subnet.config_of(model.config, part), subnet.extract(model.config, params, part)
   if own is None:
     return config, small
@@ -77,9 +81,11 @@ def decoder(model: nn.Module, params: Params, submodel: SubModel) -> Decoder:
   return Decoder(*parts.decoder(exits, params, rule))
 
 
-def ladder(model: nn.Module, params: Params, drafts: Sequence[SubModel] | None) -> ladders.Ladder:
-  """Any exit at a fixed depth may draft."""
-  exits, full = model.exits, model.config.num_layers
+def ladder(model: nn.Module, params: Params, drafts: Sequence[SubModel] | None) -> ladders.Ladder | None:
+  """Any exit at a fixed depth may draft; none where passes are more than layers, or a head reads a mean of streams."""
+  exits, layers = model.exits, model.exits.layers
+  if exits.loop is not None or exits.signal(params, 0).averages:
+    return None
   wanted = submodels(model)[:-1] if drafts is None else drafts
   rules = [_rule(model, submodel) for submodel in wanted]
   for submodel, rule in zip(wanted, rules):
@@ -90,4 +96,4 @@ def ladder(model: nn.Module, params: Params, drafts: Sequence[SubModel] | None) 
   which = [*map(exits.depths.index, depths), len(exits.depths) - 1]
   own = any(exits.own(params, depth) is not None for depth in depths)
   head = (lambda params, draft, x: exits.head(params, which[draft], x)) if own else None
-  return ladders.of_paths(model.config, params, range(full), [range(depth) for depth in depths], head)
+  return ladders.of_paths(model.config, params, layers, [layers[:depth] for depth in depths], head)

@@ -17,7 +17,15 @@ from adaptive.methods import METHODS
 
 CONFIG = tiny.model_config()
 METHOD = METHODS["early_exit"]
-SIGNALS = {"max_probability": 0.22, "margin": 0.04, "entropy": 0.15, "cosine": 0.7, "saturation": 0.2, "patience": 0.5}
+SIGNALS = {
+  "max_probability": 0.22,
+  "margin": 0.04,
+  "entropy": 0.15,
+  "cosine": 0.7,
+  "saturation": 0.2,
+  "patience": 0.5,
+  "random": 0.5,
+}
 
 
 @functools.cache

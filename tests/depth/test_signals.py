@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy import special
+from scipy import special, stats
 
 from adaptive.depth.signals import SIGNALS, Seen
 
@@ -11,11 +11,12 @@ RNG = np.random.default_rng(0)
 LOGITS, BEFORE = RNG.normal(size=(2, 3, 5, 7)) * 2
 X, EARLIER = RNG.normal(size=(2, 3, 5, 4))
 AGREED = RNG.integers(0, 3, (3, 5))
+POSITIONS = RNG.integers(0, 100, (3, 5))
 
 
-def seen(logits=LOGITS, before=BEFORE, x=X, earlier=EARLIER, agreed=AGREED):
+def seen(logits=LOGITS, before=BEFORE, x=X, earlier=EARLIER, memory=AGREED, positions=POSITIONS):
   as_jax = lambda value: None if value is None else jnp.asarray(value, jnp.float32)
-  return Seen(as_jax(logits), as_jax(before), as_jax(x), as_jax(earlier), jnp.asarray(agreed, jnp.int32))
+  return Seen(*map(as_jax, (logits, before, x, earlier)), jnp.asarray(positions), as_jax(memory))
 
 
 def by_hand(name):
@@ -38,7 +39,7 @@ def by_hand(name):
       return np.where(now.argmax(-1) == before.argmax(-1), AGREED + 1, 0)
 
 
-@pytest.mark.parametrize("name", SIGNALS)
+@pytest.mark.parametrize("name", [name for name in SIGNALS if name != "random"])
 def test_a_signal_is_its_formula_and_float32_of_each_token(name):
   found = SIGNALS[name].value(seen())
   assert found.dtype == jnp.float32
@@ -48,21 +49,31 @@ def test_a_signal_is_its_formula_and_float32_of_each_token(name):
 @pytest.mark.parametrize("name", SIGNALS)
 def test_a_token_s_signal_does_not_depend_on_its_mates(name):
   whole = np.asarray(SIGNALS[name].value(seen()))
-  alone = SIGNALS[name].value(seen(*(value[1:2, 3:4] for value in (LOGITS, BEFORE, X, EARLIER, AGREED))))
+  alone = SIGNALS[name].value(seen(*(value[1:2, 3:4] for value in (LOGITS, BEFORE, X, EARLIER, AGREED, POSITIONS))))
   np.testing.assert_array_equal(alone, whole[1:2, 3:4])
 
 
-@pytest.mark.parametrize("name", [name for name in SIGNALS if name != "patience"])
+@pytest.mark.parametrize("name", [name for name in SIGNALS if name not in ("patience", "random")])
 def test_no_certainty_is_above_one(name):
   certain = np.zeros((1, 1, 7))
   certain[..., 2] = 1e4
-  found = SIGNALS[name].value(seen(certain, certain, np.ones((1, 1, 4)), np.ones((1, 1, 4)), np.zeros((1, 1))))
+  ones, zeros = np.ones((1, 1, 4)), np.zeros((1, 1), np.int32)
+  found = SIGNALS[name].value(seen(certain, certain, ones, ones, zeros, zeros))
   assert 1 - 1e-6 < float(found[0, 0]) <= 1.0
 
 
 @pytest.mark.parametrize("name", ["stability", "patience"])
 def test_at_the_first_exit_nothing_can_have_been_stable(name):
   np.testing.assert_array_equal(SIGNALS[name].value(seen(before=None)), np.zeros((3, 5)))
+
+
+def test_chance_is_uniform_and_differs_between_positions_and_exits():
+  draw = lambda exit_: SIGNALS["random"].value(seen(memory=np.full(2000, exit_), positions=np.arange(2000)))
+  first, second = np.asarray(draw(0)), np.asarray(draw(1))
+  for noise in (first, second):
+    assert stats.kstest(noise, "uniform").pvalue > 1e-3
+  assert abs(np.corrcoef(first, second)[0, 1]) < 0.1
+  assert SIGNALS["random"].remember(first[0], 3.0) == 4.0
 
 
 def test_the_signals_say_whether_they_read_logits():

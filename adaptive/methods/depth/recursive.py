@@ -120,13 +120,7 @@ def cost(model: Recursive, submodel: SubModel, seq_len: int, realised: Metrics) 
   sharing, layer = model.sharing, costs.layer_params(model.config)
   depth = 2 * sharing.middle + submodel["recursions"] * sharing.block_size
   unrolled = costs.dense_cost(dataclasses.replace(model.config, num_layers=depth), seq_len)
-  saved = (depth - sharing.unique) * layer
-  return dataclasses.replace(
-    unrolled,
-    params_total=unrolled.params_total - saved,
-    params_non_embedding=unrolled.params_non_embedding - saved,
-    params_active=unrolled.params_active - saved,
-  )
+  return costs.with_params(unrolled, -(depth - sharing.unique) * layer)
 
 
 def update_flops(model: Recursive, choice: tuple[int, ...], seq_len: int) -> float:
