@@ -12,6 +12,7 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from adaptive.evaluation import baselines
 from adaptive.evaluation.plots import INK, colours
 from adaptive.evaluation.results import Family, Result, compact, number, shared_hypervolumes, summary_lines
 
@@ -172,6 +173,7 @@ def _section(family: Family, shared: float) -> str:
 
 def _table(family: Family) -> str:
   """All sub-models by rising FLOPs; those off the front of loss in grey, the full model in bold."""
+  plans = dict(zip((r.name for r in family.results), baselines.fixed(family)))
   columns = {
     "sub-model": lambda r: r.name,
     "loss": lambda r: number(r.loss, ".4f"),
@@ -184,6 +186,8 @@ def _table(family: Family) -> str:
     "active": lambda r: compact(r.params_active),
     "FLOPs/token": lambda r: compact(r.flops_per_token),
     "KV/token": lambda r: compact(r.kv_bytes_per_token, "B"),
+    "fixed plans": lambda r: number(plans[r.name], ".4f"),
+    "at random": lambda r: number(r.random_loss, ".4f"),
     "prefill ms": lambda r: number(r.prefill_ms, ".3g"),
     "step ms": lambda r: number(r.step_ms, ".3g"),
   }

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from adaptive.evaluation import pareto
+from adaptive.evaluation import baselines, pareto
 from adaptive.evaluation.page import plot_html
 from adaptive.evaluation.plots import plot_png
 from adaptive.evaluation.results import (
@@ -34,6 +34,7 @@ __all__ = [
   "Family",
   "Result",
   "comparison",
+  "kept",
   "plot_html",
   "plot_png",
   "read_json",
@@ -47,7 +48,7 @@ __all__ = [
 FORMAT = 1
 MAX_ROWS = 40
 _MEASURES = tuple(f.name for f in dataclasses.fields(Result) if f.name not in ("name", "dial"))
-_OPTIONAL = ("prefill_ms", "prefill_ms_p90", "step_ms", "step_ms_p90")
+_OPTIONAL = ("prefill_ms", "prefill_ms_p90", "step_ms", "step_ms_p90", "random_loss")
 _DERIVED = ("retention", "on_front", "worse_and_dearer", "is_full")
 
 Families = Family | Sequence[Family]
@@ -125,7 +126,7 @@ def read_json(path: str | pathlib.Path) -> list[Family]:
 def _family(entry: dict[str, Any]) -> Family:
   results = []
   for fields in entry["results"]:
-    lost = {m: math.nan for m in _MEASURES if fields[m] is None and m not in _OPTIONAL}
+    lost = {m: math.nan for m in _MEASURES if m not in _OPTIONAL and fields[m] is None}
     results.append(Result(**{**fields, **lost}))
   known = {name: entry[name] for name in ("label", "full", "notes", "quality_reference")}
   return Family(**known, results=tuple(results), diagnosis=entry.get("diagnosis", {}))
@@ -150,14 +151,18 @@ def table(family: Family, max_rows: int = MAX_ROWS) -> str:
   A family of more than `max_rows` is cut to its front, its cheapest, its full and its worst-retaining sub-model.
   """
   shown = _shown(family, max_rows)
-  rows = [_table_row(family.results[i], mark) for i, mark in zip(shown, _marks(family, shown))]
-  header = ["", "sub-model", "loss", "bits/B", "top-1", "agree", "active", "FLOPs/tok", "KV/tok", "prefill", "step"]
+  plans = baselines.fixed(family)
+  rows = [_table_row(family.results[i], mark, plans[i]) for i, mark in zip(shown, _marks(family, shown))]
+  header = ["", "sub-model", "loss", "bits/B", "top-1", "agree", "active", "FLOPs/tok", "KV/tok"]
+  header += ["prefill", "step", "fixed", "random"]
   measured = [k for k in range(len(header)) if k < 9 or any(row[k] != "-" for row in rows)]
   text = [f"{family.label}: {plural(len(family.results), 'sub-model')}"]
   text += _aligned([[row[k] for k in measured] for row in (header, *rows)], left=2)
   if len(shown) < len(family.results):
     text.append(f"{len(shown)} of {len(family.results)} sub-models shown; the CSV holds all")
   text.append("* on the front of loss over FLOPs   F full model   ! another one is clearly better at no more FLOPs")
+  if any(map(baselines.decides, family.results)):
+    text.append("baselines, losses: fixed plans of equal FLOPs (a mixture of two); the same decisions at random")
   return "\n".join([*text, *summary_lines(family)])
 
 
@@ -179,11 +184,12 @@ def _marks(family: Family, shown: Sequence[int]) -> list[str]:
   return ["*" * (i in front) + "F" * (i == family.full_index) + "!" * bool(dearer[i]) for i in shown]
 
 
-def _table_row(r: Result, mark: str) -> list[str]:
+def _table_row(r: Result, mark: str, plan: float) -> list[str]:
   return [
     mark, _cut(r.name, 34), number(r.loss, ".4f"), number(r.bits_per_byte, ".4f"), number(r.accuracy, ".2%"),
     number(r.agreement, ".1%"), compact(r.params_active), compact(r.flops_per_token),
     compact(r.kv_bytes_per_token, "B"), _milliseconds(r.prefill_ms), _milliseconds(r.step_ms),
+    number(plan, ".4f"), number(r.random_loss, ".4f"),
   ]  # fmt: skip
 
 
@@ -202,6 +208,29 @@ def comparison(families: Sequence[Family]) -> str:
       number(s["retention_mean"], ".1%"), f"{s['nested_violations']}/{s['nested_pairs']}",
     ])  # fmt: skip
   return "\n".join(_aligned([header, *rows], left=1))
+
+
+def kept(families: Sequence[Family], share: float = 0.99) -> list[str]:
+  """Lines of a table: of each run of several sub-models the cheapest that keeps so much of its full model's accuracy.
+
+  FLOPs and times are shares of the full model's; losses of baselines as in `adaptive.evaluation.baselines`.
+  """
+  header = ["run", "sub-model", "top-1 kept", "FLOPs", "step time", "loss", "fixed", "random", "dense"]
+  rows = []
+  for family in families:
+    best, full = baselines.cheapest(family, share), family.results[family.full_index]
+    if len(family.results) == 1:
+      continue
+    timed = best.step_ms is not None and full.step_ms is not None
+    plan = baselines.fixed(family)[family.results.index(best)]
+    rows.append([
+      _cut(family.label, 34), _cut(best.name, 34), number(best.accuracy / full.accuracy, ".2%"),
+      number(best.flops_per_token / full.flops_per_token, ".2f"),
+      number(best.step_ms / full.step_ms if timed else None, ".2f"), number(best.loss, ".4f"), number(plan, ".4f"),
+      number(best.random_loss, ".4f"), number(baselines.dense(families, best.flops_per_token), ".4f"),
+    ])  # fmt: skip
+  caption = f"the cheapest that keeps {share:.0%} of the accuracy; FLOPs and time as shares of the full model's, and "
+  return [caption + "losses at equal FLOPs:", *_aligned([header, *rows], left=2)] if rows else []
 
 
 def _milliseconds(value: float | None) -> str:

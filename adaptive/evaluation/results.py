@@ -46,6 +46,7 @@ class Result:
     flops_per_token: forward pass, output head included.
     kv_bytes_per_token: what one more token adds to the cache.
     prefill_ms, prefill_ms_p90, step_ms, step_ms_p90: median and 90th percentile, milliseconds; None if not measured.
+    random_loss: loss when the same decisions are made at random, at the same rates; None where nothing is decided.
   """
 
   name: str
@@ -64,6 +65,7 @@ class Result:
   prefill_ms_p90: float | None = None
   step_ms: float | None = None
   step_ms_p90: float | None = None
+  random_loss: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)

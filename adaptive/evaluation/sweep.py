@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import flax.linen as nn
 import jax
@@ -15,7 +15,7 @@ from adaptive.config import Experiment
 from adaptive.data import Dataset, validation_batches
 from adaptive.evaluation import latency, quality
 from adaptive.evaluation.results import Family, Result
-from adaptive.methods.contract import Method, Params
+from adaptive.methods.contract import Batch, Method, Params
 
 
 def sweep(
@@ -37,6 +37,7 @@ def sweep(
   batches = list(validation_batches(dataset.validation, settings.rows, settings.batch_size, mesh))
   with _bar("quality", len(submodels)) as report:
     measured = quality.measure(method, model, params, batches, mesh, range(len(submodels)), report=report)
+  chance = _at_random(method, model, params, batches, mesh, measured)
   times = _latencies(method, model, params, experiment, dataset) if settings.latency else []
   full = len(submodels) - 1
   results = []
@@ -51,6 +52,7 @@ def sweep(
         accuracy=measured.accuracy(i),
         loss_stderr=measured.paired_error(i, full),
         agreement=measured.agreement(i),
+        random_loss=chance[i],
         **dataclasses.asdict(cost),
         **(dataclasses.asdict(times[i]) if times else {}),
       )
@@ -66,6 +68,21 @@ def sweep(
     prompt = _prompt_tokens(experiment)
     notes["latency"] = f"batch 1, held-out prompts of {prompt} tokens, then token by token in runs of {latency.RUN}"
   return Family(label, tuple(results), submodels[full].name, notes, measured.commonest, diagnosis)
+
+
+def _at_random(
+  method: Method, model: nn.Module, params: Params, batches: Sequence[Batch], mesh: Mesh, measured: quality.Quality
+) -> list[float | None]:
+  """Loss of every sub-model that decides, when chance decides as often."""
+  found = method.at_random(model, measured.realised)
+  if found is None:
+    return [None] * len(measured.realised)
+  twin, indices = found
+  wanted = sorted({index for index in indices if index is not None})
+  with _bar("chance", len(wanted)) as report:
+    full = len(method.submodels(twin)) - 1
+    losses = quality.measure(method, twin, params, batches, mesh, [*wanted, full], report=report)
+  return [None if index is None else losses.loss(wanted.index(index)) for index in indices]
 
 
 def _prompt_tokens(experiment: Experiment) -> int:

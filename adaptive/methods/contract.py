@@ -165,6 +165,17 @@ class Method(Protocol):
     IndexError for an int out of range (`check_index`). A traced index out of range is clamped by JAX, not noticed.
     """
 
+  def at_random(self, model: nn.Module, realised: Sequence[Metrics]) -> tuple[nn.Module, Sequence[int | None]] | None:
+    """A baseline: sub-models that decide by chance, at the rates measured of those that decide by what they see.
+
+    Args:
+      realised: of every sub-model, what `Output.aux` measured.
+
+    Returns:
+      A model for the same parameters, and for every sub-model the index in it of its counterpart, None where nothing is
+      decided; or None where nothing is in all of them.
+    """
+
   def diagnose(self, model: nn.Module, params: Params, batches: Sequence[Batch], mesh: Mesh) -> Mapping[str, float]:
     """What an evaluation should tell of the full model beside its loss, by name, on held-out batches; often nothing."""
 

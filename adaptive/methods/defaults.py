@@ -8,7 +8,8 @@ from jax.sharding import Mesh
 from adaptive.methods.contract import Batch, Metrics, Params, SubModel
 
 __all__ = [
-  "batch_parts", "control", "diagnose", "init_from", "ladder", "learning_rates", "sample", "static_choice", "ticker",
+  "at_random", "batch_parts", "control", "diagnose", "init_from", "ladder",
+  "learning_rates", "sample", "static_choice", "ticker",
 ]  # fmt: skip
 
 
@@ -44,6 +45,10 @@ def learning_rates(model: nn.Module) -> Mapping[str, float]:
 def init_from(model: nn.Module, params: Params, source: Params, how: str, seed: int) -> Params:
   """The dense model's parameters where it has them; what the method adds stays fresh."""
   return {**params, **source}
+
+
+def at_random(model: nn.Module, realised: Sequence[Metrics]) -> None:
+  """Nothing depends on the input."""
 
 
 def diagnose(model: nn.Module, params: Params, batches: Sequence[Batch], mesh: Mesh) -> Mapping[str, float]:

@@ -11,6 +11,7 @@ from adaptive.backbone.transformer import Transformer
 from adaptive.config import ModelConfig
 from adaptive.methods.contract import Batch, Decoder, Metrics, Output, Params, SubModel, check_index
 from adaptive.methods.defaults import (
+  at_random,
   batch_parts,
   control,
   diagnose,
@@ -23,8 +24,8 @@ from adaptive.methods.defaults import (
 )
 
 __all__ = [
-  "Config", "batch_parts", "build", "control", "cost", "decoder", "diagnose", "extract", "forward", "init_from",
-  "ladder", "learning_rates", "loss", "sample", "static_choice", "submodels", "ticker", "update_flops",
+  "Config", "at_random", "batch_parts", "build", "control", "cost", "decoder", "diagnose", "extract", "forward",
+  "init_from", "ladder", "learning_rates", "loss", "sample", "static_choice", "submodels", "ticker", "update_flops",
 ]  # fmt: skip
 
 

@@ -4,22 +4,24 @@ The model has a property `exits`, of the type `adaptive.depth.exits.Exits`.
 """
 
 import dataclasses
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 
 import flax.linen as nn
 import jax
+from jax.sharding import Mesh
 
 from adaptive import cost as costs
-from adaptive import subnet
+from adaptive import sharding, subnet
 from adaptive.backbone import decoding
 from adaptive.backbone.transformer import Transformer
 from adaptive.config import ModelConfig, require
 from adaptive.depth import exits as parts
 from adaptive.depth import ladder as ladders
-from adaptive.depth import lazy
+from adaptive.depth import lazy, oracle
 from adaptive.methods.contract import Batch, Decoder, Metrics, Output, Params, SubModel, check_index
 
-__all__ = ["cost", "decoder", "extract", "forward", "ladder", "sample", "submodels"]
+__all__ = ["at_random", "cost", "decoder", "diagnose", "extract", "forward", "ladder", "sample", "submodels"]
 
 
 def _rule(model: nn.Module, submodel: SubModel) -> parts.Rule:
@@ -45,6 +47,35 @@ def forward(model: nn.Module, params: Params, batch: Batch, index: int | jax.Arr
     config, small = found
     return Output(Transformer(config).apply({"params": small}, batch), {})
   return Output(*parts.one_shot(model.exits, params, batch, parts.choose(rules, index)))
+
+
+def at_random(model: nn.Module, realised: Sequence[Metrics]) -> tuple[nn.Module, Sequence[int | None]] | None:
+  """Tokens leave at every exit with the probability with which others did; where a head reads means, there is none."""
+  exits, rules = model.exits, list(parts.rules(model.exits).values())
+  deciding = [index for index, rule in enumerate(rules) if not parts.fixed(rule)]
+  if not deciding or exits.signal({}, 0).averages:
+    return None
+  plans = []
+  for index in deciding:
+    tokens = [float(realised[index][f"ran/{depth}"][0]) for depth in exits.depths]
+    plans += [after / before if before else 1.0 for before, after in itertools.pairwise(tokens)]
+  how = dataclasses.replace(exits.how, signal="random", thresholds=(), per_exit=tuple(plans), decay=0.0)
+  chance = model.clone(method=dataclasses.replace(model.method, exit=how))
+  names = list(parts.rules(chance.exits))
+  twins = {index: names.index((("plan", number),)) for number, index in enumerate(deciding, 1)}
+  return chance, [twins.get(index) for index in range(len(rules))]
+
+
+def diagnose(model: nn.Module, params: Params, batches: Sequence[Batch], mesh: Mesh) -> Mapping[str, float]:
+  """`oracle_layers`: how many layers a token ran if it left as soon as its prediction is the full model's."""
+  if model.exits.signal({}, 0).averages:
+    return {}
+  run = lambda params, batch: oracle.layers(model.exits, params, batch)
+  measure = jax.jit(run, out_shardings=sharding.replicated(mesh))
+  with jax.set_mesh(mesh):
+    found = [jax.device_get(measure(params, batch)) for batch in batches]
+  layers, tokens = map(sum, zip(*found))
+  return {"oracle_layers": float(layers / max(tokens, 1.0))}
 
 
 def cost(model: nn.Module, submodel: SubModel, seq_len: int, realised: Metrics) -> costs.Cost:

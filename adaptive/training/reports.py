@@ -68,6 +68,7 @@ def compare(workdirs: Sequence[str], output: str, **settings) -> None:
     if len({family.notes.get(note) for family in families}) > 1:
       print(f"warning: the runs differ in {note!r}, their losses do not compare", file=sys.stderr)
   print(report.comparison(families))
+  print("\n".join(["", *report.kept(families)]))
   _write(families, output)
 
 

@@ -27,7 +27,7 @@ from adaptive import losses, recursion
 from adaptive.config import ModelConfig, require
 from adaptive.depth.ladder import Ladder
 from adaptive.methods.contract import Batch, Decoder, Metrics, Output, Params, SubModel, Ticker, check_index
-from adaptive.methods.defaults import batch_parts
+from adaptive.methods.defaults import at_random, batch_parts
 from adaptive.methods.depth.mixture_of_recursions import causal, decode, ticks, token_choice
 from adaptive.methods.depth.mixture_of_recursions import drafts as drafting
 from adaptive.methods.depth.mixture_of_recursions.accounting import cost, update_flops
@@ -37,8 +37,8 @@ from adaptive.methods.depth.mixture_of_recursions.diagnosis import diagnose
 from adaptive.methods.depth.mixture_of_recursions.model import MixtureOfRecursions, causal_logits, training_logits
 
 __all__ = [
-  "Config", "batch_parts", "build", "control", "cost", "decoder", "diagnose", "extract", "forward", "init_from",
-  "ladder", "learning_rates", "loss", "sample", "static_choice", "submodels", "ticker", "update_flops",
+  "Config", "at_random", "batch_parts", "build", "control", "cost", "decoder", "diagnose", "extract", "forward",
+  "init_from", "ladder", "learning_rates", "loss", "sample", "static_choice", "submodels", "ticker", "update_flops",
 ]  # fmt: skip
 
 

@@ -1,0 +1,33 @@
+"""Every method of dynamic depth on one small network: a first run of each on two CPU cores, and one plot of all.
+
+python train.py --config=configs/depth_demo.py:early_exit --workdir=runs/early_exit
+python eval.py --compare runs/early_exit runs/layer_skip
+
+On the source code of Python's standard library, byte by byte. Eight layers, as in `mixture_of_recursions_demo.py`.
+`:mue` is MuE, which is early exit with other settings. `:dense` is the plain network and `:dense,4` one of four layers:
+shallower networks are what any of these has to beat.
+"""
+
+from adaptive import methods
+
+EXITS = (1, 2, 3, 4, 6)
+MUE = dict(signal="cosine", kv="copy", thresholds=(0.9, 0.95, 0.98))
+VARIANTS = {
+  "dense": ("dense", {}),
+  "early_exit": ("early_exit", dict(exits=EXITS)),
+  "mue": ("early_exit", dict(exits=tuple(range(1, 8)), weights="equal", exit=MUE)),
+  "layer_skip": ("layer_skip", dict(exit_scale=1.0, rotation=4)),
+}
+
+
+def get_config(variant="early_exit"):
+  name, _, layers = variant.partition(",")
+  method, settings = VARIANTS[name]
+  config = methods.default_config(method)
+  config.model.update(num_layers=int(layers or 8), d_model=128, d_ff=384, num_heads=4, num_kv_heads=2)
+  config.method.update(settings)
+  config.data.update(seq_len=256, batch_size=12)
+  config.training.update(steps=300, checkpoint_every=100)
+  config.training.optimizer.update(name="muon", warmup_steps=40)
+  config.evaluation.update(rows=128)
+  return config
