@@ -2,7 +2,8 @@
 
 One walk over the exits (`leave`) serves both faces: `one_shot` on whole rows, where all is computed and masked, and
 `decoder`, where layers that no row needs are left out. What tokens that have left leave to others in the layers above
-is a rule of `adaptive.depth.visits`, or `exact`: keys and values are those of the full model, as if no token had left.
+is a rule of `adaptive.depth.visits`, or keys and values are those of the full model, as if no token had left: `exact`
+takes a token up when a later one needs it, `recompute` feeds all that left again with every token, as EE-LLM does.
 """
 
 import dataclasses
@@ -23,7 +24,8 @@ from adaptive.depth import visits
 from adaptive.depth.signals import SIGNALS, Seen, Signal
 from adaptive.losses import SumCount
 
-KeyValues = Literal["project", "copy", "hole", "exact"]
+KeyValues = Literal["project", "copy", "hole", "exact", "recompute"]
+_FULL_KEYS = ("exact", "recompute")  # whole rows are then those of the plain model
 SignalName = Literal[
   "max_probability", "margin", "entropy", "stability", "patience", "cosine", "saturation", "random", "learned"
 ]
@@ -42,7 +44,8 @@ class Exiting:
     decay: CALM's lower thresholds for later tokens, threshold * (1 - decay + decay e^(-rate position / decay_length));
       0 is none, the paper takes 0.1. decay_rate: `rate`; 4 in the paper. decay_length: tokens.
     kv: what later tokens attend to in layers that a token did not run.
-    wait: with `exact`, how many tokens of a row may wait below layers that they did not run (`adaptive.depth.lazy`).
+    wait: with `exact` and `recompute`, how many tokens of a row may wait below layers that they did not run, see
+      `adaptive.depth.lazy`.
   """
 
   depths: tuple[int, ...] = ()
@@ -334,14 +337,15 @@ def run_of(exits: Exits, params: Params, positions: jax.Array, span: Span) -> Ru
 
 def one_shot(exits: Exits, params: Params, batch: Batch, rule: Rule) -> tuple[jax.Array, Mapping[str, SumCount]]:
   """Logits [b, t, v] of whole rows, each token's of the exit where it leaves; and what was realised."""
-  exact = exits.how.kv == "exact"
+  exact = exits.how.kv in _FULL_KEYS
   x, climb, state = whole_rows(exits, params, batch, "project" if exact else exits.how.kv)
   everyone = jnp.ones(x.shape[:2], bool)  # padding too, which nobody sees, as in the plain model
   run = (lambda which, x, alive, state: climb(which, x, everyone, state)) if exact else climb
   logits, ran, _ = leave(exits, params, x, batch["positions"], everyone, rule, run, state)
   found = realised(exits, ran, batch["segment_ids"] > 0)
   if exact:
-    found["layer_tokens"] = lazy_layers(exits, ran, batch["segment_ids"]), found["layers"][1]
+    count = {"exact": lazy_layers, "recompute": recomputed_layers}[exits.how.kv]
+    found["layer_tokens"] = count(exits, ran, batch["segment_ids"]), found["layers"][1]
   return logits, found
 
 
@@ -366,9 +370,29 @@ def streams(exits: Exits, params: Params, batch: Batch) -> list[jax.Array]:
   return found
 
 
+def _depth(exits: Exits, ran: Sequence[jax.Array]) -> jax.Array:
+  """Layers of each token, int32 [b, t]."""
+  return sum((stop - start) * some.astype(jnp.int32) for (start, stop), some in zip(exits.segments, ran))
+
+
+def recomputed_layers(exits: Exits, ran: Sequence[jax.Array], segment_ids: jax.Array) -> jax.Array:
+  """Layers run when each token takes along all of its document that have left since one went all the way."""
+
+  def token(carry, seen):
+    waiting, before = carry
+    depth, segment = seen
+    waiting = jnp.where(segment == before, waiting, 0)
+    layers = depth * (waiting + 1) * (segment > 0)
+    return (jnp.where(depth == exits.depths[-1], 0, waiting + 1), segment), layers
+
+  start = jnp.zeros_like(segment_ids[:, 0]), segment_ids[:, 0]
+  _, layers = jax.lax.scan(token, start, (_depth(exits, ran).T, segment_ids.T))
+  return jnp.sum(layers, dtype=jnp.float32)
+
+
 def lazy_layers(exits: Exits, ran: Sequence[jax.Array], segment_ids: jax.Array) -> jax.Array:
   """Layers run by lazy resume, summed over tokens: each as deep as it or a later one of its document goes."""
-  depth = sum((stop - start) * some.astype(jnp.int32) for (start, stop), some in zip(exits.segments, ran))
+  depth = _depth(exits, ran)
   # Documents follow each other, so the deepest from here on is in one's own if every earlier document stands higher.
   order = jnp.where(segment_ids > 0, segment_ids, jnp.max(segment_ids) + 1)  # padding is last
   above = (exits.depths[-1] + 1) * (jnp.max(order) - order)
@@ -417,8 +441,8 @@ def cost(exits: Exits, rule: Rule, seq_len: int, realised: Mapping[str, SumCount
   """A sub-model's cost from the shares that were measured; without them as if no token left before the rule's depth.
 
   Heads are counted at every exit that a token passes, where the signal reads logits. Keys and values of layers that a
-  token did not run cost their projections under `project`; under `exact` the layers are run later, if a later token of
-  the row needs them. A `hole` is still counted as attended to.
+  token did not run cost their projections under `project`; under `exact` and `recompute` the layers are run later, if a
+  later token of the row needs them. A `hole` is still counted as attended to.
   """
   config, how = exits.config, exits.how
   passes = sum(depth <= rule.depth for depth in exits.depths) if fixed(rule) else len(exits.depths)

@@ -3,8 +3,10 @@
 A token that leaves at a layer leaves its residual stream behind. When a later token of its row runs that layer, it
 takes along all that wait below it: they go up together, in the same products, and their keys and values are those of a
 model without exits. A layer is run for a token at most once, and for no token above the deepest that it or a later one
-reaches: sum over t of max over t' >= t of depth(t') layer-tokens. Feeding all that left again with each token (EE-LLM,
-arXiv 2312.04916) has no such bound. With two exits this is FREE (arXiv 2310.05424).
+reaches: sum over t of max over t' >= t of depth(t') layer-tokens. With two exits this is FREE (arXiv 2310.05424).
+
+With `again` those that wait begin at the bottom with every token, as EE-LLM recomputes them (arXiv 2312.04916, Section
+4): the same keys, for more work, which has no such bound.
 
 At most `wait` tokens of a row wait; with no place left, the next token goes all the way and takes all of them along.
 """
@@ -28,6 +30,7 @@ class Cache(NamedTuple):
     layers: keys and values of each layer. lengths: tokens of each row, int32 [b].
     x: residual streams of tokens that wait, [b, w, d]. positions: theirs, int32 [b, w]; past the end where none waits.
     depths: how many layers they have run, int32 [b, w]; all of them where none waits.
+    embedded: what they begin with if they begin again, [b, w, d]; else None.
   """
 
   layers: tuple[LayerCache, ...]
@@ -35,31 +38,39 @@ class Cache(NamedTuple):
   x: jax.Array
   positions: jax.Array
   depths: jax.Array
+  embedded: jax.Array | None = None
 
 
 NOBODY = jnp.iinfo(jnp.int32).max  # the position of a place where no token waits
 
 
-def decoder(exits: parts.Exits, params: Params, rule: parts.Rule, wait: int) -> tuple[Params, Callable, Callable]:
+def decoder(
+  exits: parts.Exits, params: Params, rule: parts.Rule, wait: int, again: bool = False
+) -> tuple[Params, Callable, Callable]:
   """Parameters, `empty_cache` and `step`, as `adaptive.methods.contract.Decoder` has them.
 
   Args:
     wait: tokens of a row that may wait. A step computes as many more at every layer that it runs.
+    again: whether they begin anew with every token.
   """
   config, full = exits.config, exits.depths[-1]
   params = decoding.unstacked(config, params)
 
   def empty_cache(batch_size: int, slots: int) -> Cache:
+    waiting = jnp.zeros((batch_size, wait, config.d_model), config.dtype)
     return Cache(
       layers=tuple(decoding.empty_layer(config, batch_size, slots) for _ in range(full)),
       lengths=jnp.zeros((batch_size,), jnp.int32),
-      x=jnp.zeros((batch_size, wait, config.d_model), config.dtype),
+      x=waiting,
       positions=jnp.full((batch_size, wait), NOBODY, jnp.int32),
       depths=jnp.full((batch_size, wait), full, jnp.int32),
+      embedded=waiting if again else None,
     )
 
   def step(params: Params, tokens: jax.Array, counts: jax.Array, cache: Cache):
     """A prompt goes all the way up: its tokens' own exits decide what is read, and nothing waits."""
+    if again:
+      cache = cache._replace(x=cache.embedded, depths=jnp.where(cache.positions == NOBODY, full, 0))
     if tokens.shape[1] > 1:
       cache = _flush(exits, params, cache)
     slots = cache.layers[0].key.shape[2]
@@ -99,9 +110,9 @@ def decoder(exits: parts.Exits, params: Params, rule: parts.Rule, wait: int) -> 
       # Those that have left, and go on for others only, are not asked again.
       return jnp.where(alive[..., None], state[1], x), state
 
-    state = cache, x, jnp.zeros_like(positions), jnp.zeros(())
+    embedded, state = x[:, -1], (cache, x, jnp.zeros_like(positions), jnp.zeros(()))
     logits, ran, (cache, x, depth, worked) = parts.leave(exits, params, x, positions, real, rule, run, state)
-    cache = _leave_behind(cache, x[:, -1], positions[:, -1], depth[:, -1], real[:, -1], full)
+    cache = _leave_behind(cache, x[:, -1], embedded, positions[:, -1], depth[:, -1], real[:, -1], full)
     found = parts.realised(exits, ran, real)
     found |= {"layer_tokens": (worked, jnp.sum(real, dtype=jnp.float32))}
     logits = decoding.last_of(logits, counts)[:, 0]
@@ -116,7 +127,7 @@ def _context(config, positions: jax.Array, slots: int) -> Context:
   return Context(*rope_table(config, jnp.minimum(positions, slots)), mask[:, None], jnp.minimum(positions, slots))
 
 
-def _leave_behind(cache: Cache, x: jax.Array, position, depth, real, full: int) -> Cache:
+def _leave_behind(cache: Cache, x: jax.Array, embedded: jax.Array, position, depth, real, full: int) -> Cache:
   """The new token takes the first free place, if it has not run all layers; those that have free theirs. All [b]."""
   done = cache.depths >= full
   positions = jnp.where(done, NOBODY, cache.positions)
@@ -127,6 +138,7 @@ def _leave_behind(cache: Cache, x: jax.Array, position, depth, real, full: int) 
     x=jnp.where(here[..., None], x[:, None], cache.x),
     positions=jnp.where(here, position[:, None], positions),
     depths=jnp.where(here, depth[:, None], jnp.where(done, full, cache.depths)),
+    embedded=None if cache.embedded is None else jnp.where(here[..., None], embedded[:, None], cache.embedded),
   )
 
 
@@ -143,6 +155,6 @@ def _flush(exits: parts.Exits, params: Params, cache: Cache) -> Cache:
         config, (params["layers"][exits.layers[layer]],), x, context, (layers[layer],)
       )
       x, depths = jnp.where(moving[..., None], y, x), jnp.where(moving, layer + 1, depths)
-    return Cache(tuple(layers), cache.lengths, x, jnp.full_like(cache.positions, NOBODY), depths)
+    return cache._replace(layers=tuple(layers), x=x, positions=jnp.full_like(cache.positions, NOBODY), depths=depths)
 
   return jax.lax.cond(jnp.any(cache.positions != NOBODY), climb, lambda cache: cache, cache)

@@ -107,8 +107,8 @@ def decoder(model: nn.Module, params: Params, submodel: SubModel) -> Decoder:
   if found is not None:
     return Decoder(*decoding.dense(*found))
   exits, rule = model.exits, _rule(model, submodel)
-  if exits.how.kv == "exact":
-    return Decoder(*lazy.decoder(exits, params, rule, exits.how.wait))
+  if exits.how.kv in ("exact", "recompute"):
+    return Decoder(*lazy.decoder(exits, params, rule, exits.how.wait, again=exits.how.kv == "recompute"))
   return Decoder(*parts.decoder(exits, params, rule))
 
 

@@ -16,8 +16,8 @@ METHOD = METHODS["early_exit"]
 
 
 @functools.cache
-def case(wait, threshold=0.22, rows=3, exits=(1, 2, 3)):
-  model = METHOD.build(CONFIG, METHOD.Config(exits=exits, exit=Exiting(kv="exact", wait=wait, thresholds=(threshold,))))
+def case(wait, threshold=0.22, rows=3, exits=(1, 2, 3), kv="exact"):
+  model = METHOD.build(CONFIG, METHOD.Config(exits=exits, exit=Exiting(kv=kv, wait=wait, thresholds=(threshold,))))
   params, batch = tiny.random_params(model), tiny.one_document(CONFIG, rows=rows, length=LENGTH)
   index = len(exits)
   want = METHOD.forward(model, params, batch, index)
@@ -37,9 +37,9 @@ def decoded(decoder, batch, start=START):
   return np.stack(found, axis=1), metrics
 
 
-@pytest.mark.parametrize("wait", [1, 2, 5, 32])
-def test_every_token_has_the_logits_of_its_exit_in_the_full_model(wait):
-  _, _, batch, want, decoder = case(wait)
+@pytest.mark.parametrize(("wait", "kv"), [(1, "exact"), (2, "exact"), (5, "exact"), (32, "exact"), (3, "recompute")])
+def test_every_token_has_the_logits_of_its_exit_in_the_full_model(wait, kv):
+  _, _, batch, want, decoder = case(wait, kv=kv)
   found, metrics = decoded(decoder, batch)
   np.testing.assert_allclose(found, want.logits[:, START - 1 :], rtol=1e-5, atol=1e-5)
   assert sum(m["layers"] for m in metrics) == float(want.aux["layers"][0]), "the same exits"
@@ -82,6 +82,34 @@ def test_the_forward_pass_counts_what_decoding_does_in_the_end():
   assert float(want.aux["layers"][0]) <= counted <= CONFIG.num_layers * LENGTH
   depths = [m["layers"] for m in decoded(decoder, batch, start=1)[1]]
   assert counted == sum(np.maximum.accumulate(depths[::-1]))
+
+
+def test_to_recompute_takes_all_along_that_left_since_one_went_all_the_way():
+  _, _, batch, want, decoder = case(32, rows=1, kv="recompute")
+  lazy = case(32, rows=1)[-1]
+  _, metrics = decoded(decoder, batch, start=1)
+  waiting, total = 0, 0.0
+  for found in metrics:
+    depth = found["layers"]
+    assert found["layer_tokens"] == depth * (waiting + 1)
+    waiting = 0 if depth == CONFIG.num_layers else waiting + 1
+    total += found["layer_tokens"]
+  assert total == float(want.aux["layer_tokens"][0])
+  assert total > sum(found["layer_tokens"] for found in decoded(lazy, batch, start=1)[1])
+
+
+def test_recomputed_layers_of_documents_are_counted_apart():
+  model, params, *_ = case(32, kv="recompute")
+  batch = tiny.packed_batch(CONFIG, rows=3, length=LENGTH)
+  _, depths = exits_of(model, params, batch)
+  segments, total = np.asarray(batch["segment_ids"]), 0
+  for row, document in np.ndindex(3, 2):
+    waiting = 0
+    for depth in depths[row][segments[row] == document + 1]:
+      total += depth * (waiting + 1)
+      waiting = 0 if depth == CONFIG.num_layers else waiting + 1
+  aux = METHOD.forward(model, params, batch, len(model.method.exits)).aux
+  assert float(aux["layer_tokens"][0]) == total
 
 
 def test_documents_of_a_row_are_counted_apart():

@@ -40,6 +40,7 @@ EXITS = {
   "patience": dict(signal="patience", thresholds=(0.5, 1.5, 2.5)),
   "exact": dict(kv="exact", wait=16),
   "crowded": dict(kv="exact", wait=1),
+  "recompute": dict(kv="recompute", wait=4),
   "stability": dict(kv="copy", signal="stability", thresholds=(0.2, 0.4, 0.6)),
 }
 CASES += [("early_exit", "project", 0), *(("early_exit", rule, 3) for rule in EXITS)]
