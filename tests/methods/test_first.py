@@ -206,6 +206,10 @@ def test_rows_in_different_parts_of_their_prompts_do_not_disturb_each_other():
       np.testing.assert_allclose(logits[row], want.logits[row, done[row] - 1], rtol=2e-5, atol=2e-5)
     assert float(metrics["layers"][1]) == sum(counts)
   assert done.tolist() == [10] * 4
+  _, whole, _ = decoder.step(
+    decoder.params, tokens[:, :PROMPT], np.full(4, PROMPT, np.int32), decoder.empty_cache(4, 10)
+  )
+  np.testing.assert_allclose(cache.scores, whole.scores, rtol=1e-5, atol=1e-5)
 
 
 def test_generated_tokens_change_no_decision():
