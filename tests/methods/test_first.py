@@ -1,21 +1,20 @@
-"""FiRST: decisions and logits against the slow executor, decoding in any pieces, gradients of decisions, the budget."""
+"""FiRST: decisions and logits against the slow executor, and decoding in any pieces."""
 
 import functools
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpy_transformer
 import pytest
+import slow_prompts
 import slow_visits
 import tiny
 
 from adaptive import cost as costs
 from adaptive import losses
-from adaptive.backbone.transformer import Transformer, init_params
+from adaptive.backbone.transformer import Transformer
 from adaptive.config import ConfigError
-from adaptive.depth import prompt_plan, replay, visits
+from adaptive.depth import prompt_plan, replay
 from adaptive.methods import METHODS
 from adaptive.methods.depth import first
 
@@ -45,28 +44,9 @@ def program(index, prompt=PROMPT):
   return jax.jit(lambda params, batch: METHOD.forward(model, params, batch, index))
 
 
-def slow_visits_of(config, params, batch, prompt, threshold):
-  """Which tokens run which layer, int [l, b, t]: a document after the other, its prompt in models of fewer layers."""
-  params = numpy_transformer._as_float64(params)
-  segments, positions = np.asarray(batch["segment_ids"]), np.asarray(batch["positions"])
-  ran = np.ones((config.num_layers, *segments.shape), np.int32)
-  for row, segment in {(r, s) for r, line in enumerate(segments) for s in line}:
-    where = np.flatnonzero(segments[row] == segment)[:prompt]
-    tokens, at = np.asarray(batch["inputs"])[row, where], positions[row, where]
-    later = (segments[row] == segment) & (positions[row] >= prompt)
-    for layer in range(1, config.num_layers - 1):
-      below = tiny.model_config(num_layers=layer, qk_norm=config.qk_norm)
-      everyone = np.ones((layer, len(where)), int)
-      enter = slow_visits.streams(below, params, tokens, [1] * len(where), at, everyone, "hole", 1)
-      weight, bias = (params["routers"][name][layer - 1] for name in ("weight", "bias"))
-      logit = np.mean(enter, axis=0) @ weight[:, 0] + bias
-      ran[layer, row, later] = 1 / (1 + np.exp(-logit)) > threshold
-  return ran
-
-
 @functools.cache
 def slow(index, prompt=PROMPT):
-  return slow_visits_of(CONFIG, params_of(), batch_of(), prompt, THRESHOLDS[index])
+  return slow_prompts.visits(CONFIG, params_of(), batch_of(), prompt, THRESHOLDS[index])
 
 
 @pytest.mark.parametrize(("index", "prompt"), [(0, PROMPT), (1, PROMPT), (2, PROMPT), (1, 1), (1, 5)])
@@ -236,133 +216,6 @@ def test_layers_that_no_row_runs_are_left_out():
   outside = [e for e in step.eqns if e.primitive.name != "cond"]
   assert len(step.eqns) - len(outside) == CONFIG.num_layers
   assert str(outside).count("dot_general[") == len(ROUTED) + 1
-
-
-def loss_of(model, params, batch):
-  return METHOD.loss(model, params, batch, METHOD.sample(model, 0, 0), jax.random.key(0), jnp.int32(0))
-
-
-def test_the_loss_is_that_of_the_hard_decisions_plus_the_squared_distance_to_the_budget():
-  params, batch = params_of(), batch_of()
-  model = built(budget_loss=4.0, target=0.1)
-  total, metrics = jax.jit(lambda p: loss_of(model, p, batch))(params)
-  logits = program(1)(params, batch).logits
-  task = losses.mean(losses.cross_entropy(logits, batch["targets"], batch["segment_ids"] > 0))
-  later = np.asarray((batch["positions"] >= PROMPT) & (batch["segment_ids"] > 0))
-  share = slow(1)[1:-1][:, later].mean()
-  assert float(losses.mean(metrics["run"])) == pytest.approx(share, rel=1e-6)
-  assert float(losses.mean(metrics["loss"])) == pytest.approx(float(task), rel=1e-6)
-  assert float(total) == pytest.approx(float(task) + 4.0 * (share - 0.1) ** 2, rel=1e-6)
-
-
-def test_rows_of_prompts_only_have_no_budget():
-  model, params = built(budget_loss=100.0, prompt_tokens=12), params_of()
-  total, metrics = jax.jit(lambda p: loss_of(model, p, batch_of()))(params)
-  assert float(total) == pytest.approx(float(losses.mean(metrics["loss"])))
-  assert float(metrics["run"][1]) == 0
-
-
-ONE, FEW = tiny.model_config(num_layers=3), tiny.model_config(num_layers=4)  # one routed layer, two
-
-
-def by_hand(params, batch, part):
-  """Loss where tokens after the prompt make part(probability [b]) of the middle layer's update."""
-  model = Transformer(ONE)
-  x, context = model.apply({"params": params}, batch, method="embed")
-  everyone = jnp.ones(x.shape[:2], bool)
-
-  def run(layer, x):
-    weights = jax.tree.map(lambda leaf: leaf[layer : layer + 1], params["layers"])
-    return visits.one_shot(ONE, weights, x, context, everyone, "project", visits.nothing(ONE, x))[0]
-
-  x = run(0, x)
-  score = jnp.mean(x[:, :PROMPT] @ params["routers"]["weight"][0, :, 0], axis=1) + params["routers"]["bias"][0]
-  part = jnp.where(batch["positions"] < PROMPT, 1.0, part(jax.nn.sigmoid(score))[:, None])[..., None]
-  x = run(2, x + part * (run(1, x) - x))
-  logits = model.apply({"params": params}, x, method="head")
-  return losses.mean(losses.cross_entropy(logits, batch["targets"], everyone))
-
-
-@pytest.mark.parametrize("estimator", ["straight_through", "soft"])
-def test_the_gradient_of_a_decision_is_that_of_its_layer_s_update(estimator):
-  """Straight-through: taken at the hard decision; soft: at the probability, which is also the value."""
-  model, params = built(ONE, estimator=estimator, budget_loss=0.0), params_of(ONE)
-  batch = tiny.one_document(ONE, rows=6, length=8)
-  parts = {
-    "soft": lambda p: p,
-    "straight_through": lambda p: jax.lax.stop_gradient((p > 0.5) - p) + p,
-  }
-  want = jax.jit(jax.value_and_grad(lambda p: by_hand(p, batch, parts[estimator])))(params)
-  found = jax.jit(jax.value_and_grad(lambda p: loss_of(model, p, batch)[0]))(params)
-  tiny.assert_trees_close(found, want, rtol=2e-5)
-  assert all(float(jnp.abs(leaf).max()) > 0 for leaf in jax.tree.leaves(found[1]["routers"]))
-
-
-def test_the_soft_budget_is_of_the_probabilities():
-  model, params = built(ONE, estimator="soft", budget_loss=3.0, target=0.2), params_of(ONE)
-  batch = tiny.one_document(ONE, rows=6, length=8)
-  total, metrics = jax.jit(lambda p: loss_of(model, p, batch))(params)
-  stream = tiny.model_config(num_layers=1)
-  rows = zip(np.asarray(batch["inputs"]), np.asarray(batch["positions"]))
-  double, chances = numpy_transformer._as_float64(params), []
-  for tokens, at in rows:
-    enter = slow_visits.streams(stream, double, tokens[:PROMPT], [1] * PROMPT, at, np.ones((1, PROMPT)), "hole", 1)
-    logit = np.mean(enter, axis=0) @ double["routers"]["weight"][0, :, 0] + double["routers"]["bias"][0]
-    chances.append(1 / (1 + np.exp(-logit)))
-  assert float(losses.mean(metrics["run"])) == pytest.approx(np.mean(chances), rel=1e-5)
-  budget = 3.0 * (np.mean(chances) - 0.2) ** 2
-  assert float(total) - float(losses.mean(metrics["loss"])) == pytest.approx(budget, rel=1e-4)
-
-
-def test_the_first_stage_s_gradient_of_the_backbone_is_exactly_zero():
-  model, params, batch = built(FEW, train="routers"), params_of(FEW), batch_of()
-  assert METHOD.learning_rates(model) == {"embedding": 0.0, "layers": 0.0, "final_norm": 0.0}
-  assert METHOD.learning_rates(built(FEW)) == {}
-  grads = jax.jit(jax.grad(lambda p: loss_of(model, p, batch)[0]))(params)
-  free = jax.jit(jax.grad(lambda p: loss_of(built(FEW), p, batch)[0]))(params)
-  assert all((np.asarray(leaf) == 0).all() for leaf in jax.tree.leaves(first.backbone(grads)))
-  tiny.assert_trees_close(grads["routers"], free["routers"])
-  assert all(float(jnp.abs(leaf).max()) > 0 for leaf in jax.tree.leaves(free))
-
-
-def test_fresh_routers_run_everything_so_that_training_begins_at_the_given_model():
-  model, source = built(FEW), tiny.random_params(FEW, seed=1)
-  fresh = nn.unbox(init_params(model, jax.random.key(0)))
-  params = METHOD.init_from(model, fresh, source, "stepwise", 0)
-  tiny.assert_trees_equal(params, {**source, "routers": fresh["routers"]})
-  batch, plain = batch_of(), Transformer(FEW)
-  want = jax.jit(plain.apply)({"params": source}, batch)
-  forward = jax.jit(lambda index: METHOD.forward(model, params, batch, index).logits)
-  for index in range(len(THRESHOLDS)):
-    np.testing.assert_allclose(forward(np.int32(index)), want, rtol=1e-5, atol=1e-5)
-  free = built(FEW, budget_loss=0.0)
-  found = jax.jit(jax.value_and_grad(lambda p: loss_of(free, p, batch)[0]))(params)
-  dense = METHODS["dense"]
-  begun = jax.jit(jax.value_and_grad(lambda p: dense.loss(plain, p, batch, (0,), jax.random.key(0), 0)[0]))(source)
-  tiny.assert_trees_close((found[0], first.backbone(found[1])), begun)
-  assert all(float(jnp.abs(leaf).max()) > 0 for leaf in jax.tree.leaves(found[1]["routers"]))
-
-
-@pytest.mark.parametrize("estimator", ["straight_through", "soft"])
-def test_routers_learn_the_budget(estimator):
-  """From running everything to about the target, with the backbone frozen, by plain descent."""
-  model = built(train="routers", estimator=estimator, target=0.6, budget_loss=20.0)
-  batch, params = batch_of(rows=8), params_of()
-  routers = jax.tree.map(lambda x: 0 * x + (x.ndim == 1) * first.START, params["routers"])
-
-  @jax.jit
-  def step(routers):
-    (_, metrics), grads = jax.value_and_grad(lambda r: loss_of(model, {**params, "routers": r}, batch), has_aux=True)(
-      routers
-    )
-    return jax.tree.map(lambda p, g: p - 0.2 * g, routers, grads), losses.mean(metrics["run"])
-
-  shares = []
-  for _ in range(150):
-    routers, share = step(routers)
-    shares.append(float(share))
-  assert shares[0] > 0.85
-  assert np.mean(shares[-50:]) == pytest.approx(0.6, abs=0.1)
 
 
 def test_the_cost_is_what_was_run():
