@@ -273,7 +273,8 @@ class TrainingConfig:
     keep_best: name of a validation metric, such as `validation/loss`; the checkpoint with its best value is kept too
       (the highest of an accuracy, the lowest of anything else). Empty: none. Every checkpoint must be evaluated then.
     guard: what happens when a loss or gradient is not finite.
-    init_from: workdir of a trained dense model of the same `model`, whose parameters the run begins with. Empty: none.
+    init_from: workdir of a trained dense model of the same `model`, or of the same method (a second stage), whose
+      parameters the run begins with. Empty: none.
     init_layers: which of its layers become those that a recursive model shares: evenly spaced ones, means of those that
       will share, the first, the last before the end, or any (by the seed).
     compilation_cache: folder for compiled programs; empty: `.compilation_cache` beside the workdir.

@@ -16,10 +16,12 @@ CLOCK = {"time", "tokens_per_second", "flops_per_second", "mfu", "measured_matmu
 METHOD = {
   "dense": {},
   "early_exit": {"exits": (1,)},
+  "first": {"prompt_tokens": 4},
   "layer_skip": {"rotation": 1},
   "sorted_net": {"depths": (1, 2), "d_ff": (16, 32)},
   "recursive": {"num_recursions": 2, "sharing": "cycle"},
   "mixture_of_recursions": {"num_recursions": 2, "sharing": "cycle", "capacity_scales": (0.5,)},
+  "unified_skip": {"speedups": (1.5,)},
 }
 
 

@@ -1,9 +1,8 @@
-"""The state that a run begins with: fresh, or with the parameters of a trained dense model in it."""
+"""The state that a run begins with: fresh, or with the parameters of a trained model in it."""
 
 import dataclasses
 
 import jax
-from jax.sharding import Mesh
 
 from adaptive.config import ModelConfig, require
 from adaptive.methods import METHODS
@@ -20,27 +19,39 @@ def initial_state(run: Run) -> TrainState:
   """The state before the first update.
 
   Raises:
-    ConfigError: `training.init_from` names no run, or one whose model is not of this run's shape.
+    ConfigError: `training.init_from` names no run, or one whose model is not of this run's shape, or which is neither a
+      dense model nor of this run's method.
   """
   e = run.experiment
   state = states.create(run.model, run.optimizer, run.mesh, e.seed, e.training.guard)
   if not e.training.init_from:
     return state
-  source = _source(e.training.init_from, e.model, run.mesh)
+  dense, source = _source(run)
+  shapes = lambda tree: jax.tree.map(lambda leaf: leaf.shape, tree)
+  require(
+    dense or shapes(source) == shapes(state.params),
+    f"training.init_from={e.training.init_from} has other parameters than this run: its method's settings differ",
+  )
   where = jax.tree.map(lambda leaf: leaf.sharding, state.params)
   cast = lambda new, old: jax.tree.map(lambda a, b: a.astype(b.dtype), new, old)
 
   def put_in(params: Params, source: Params) -> Params:
-    return cast(run.method.init_from(run.model, params, source, e.training.init_layers, e.seed), params)
+    put = run.method.init_from(run.model, params, source, e.training.init_layers, e.seed) if dense else source
+    return cast(put, params)
 
   with jax.set_mesh(run.mesh):
     return dataclasses.replace(state, params=jax.jit(put_in, out_shardings=where)(state.params, source))
 
 
-def _source(workdir: str, wanted: ModelConfig, mesh: Mesh) -> Params:
+def _source(run: Run) -> tuple[bool, Params]:
+  """Whether the trained model is a dense one, and its parameters."""
+  workdir, wanted = run.experiment.training.init_from, run.experiment.model
   source = load_plan(workdir)  # the mesh that trained it need not exist here
+  dense = source.method is METHODS["dense"]
   require(
-    source.method is METHODS["dense"], f"training.init_from={workdir} holds no dense model: extract one with eval.py"
+    dense or source.method is run.method,
+    f"training.init_from={workdir} holds a model of method {source.method_name!r}: it must be a dense one, as eval.py "
+    f"extracts them, or of this run's method",
   )
   for field in dataclasses.fields(ModelConfig):
     there, here = getattr(source.experiment.model, field.name), getattr(wanted, field.name)
@@ -48,4 +59,4 @@ def _source(workdir: str, wanted: ModelConfig, mesh: Mesh) -> Params:
       there == here or field.name in _FREE,
       f"training.init_from={workdir} has model.{field.name}={there}, this run {here}: they must be equal",
     )
-  return load_params(dataclasses.replace(source, mesh=mesh), workdir)[1]
+  return dense, load_params(dataclasses.replace(source, mesh=run.mesh), workdir)[1]

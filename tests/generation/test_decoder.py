@@ -15,6 +15,8 @@ MOR = "mixture_of_recursions"
 SETTINGS = {
   "sorted_net": dict(depths=(2, 4), q_per_kv=(1, 3), d_ff=(8, 24)),
   "recursive": dict(num_recursions=2),
+  "unified_skip": dict(speedups=(1.3, 2.0)),
+  "first": dict(prompt_tokens=3, thresholds=(0.3, 0.6)),
 }
 # Of Mixture-of-Recursions: settings by variant, and where the three dials are in the list of sub-models.
 RECURSIONS = {
@@ -31,6 +33,7 @@ RECURSIONS = {
 MODELS = {"plain": tiny.model_config(), "qwen": tiny.model_config(qk_norm=True, qkv_bias=True, tied_embeddings=False)}
 CASES = [("dense", "plain", 0), ("dense", "qwen", 0), ("sorted_net", "qwen", 0), ("sorted_net", "qwen", 5)]
 CASES += [("recursive", "plain", 0), ("recursive", "plain", 1)]
+CASES += [("unified_skip", "qwen", 1), ("first", "plain", 1), ("first", "qwen", 0), ("first", "plain", 2)]
 # Of early exit by key/value rule: a fixed depth (0), and a threshold (3) that some tokens pass and others do not.
 EXITS = {
   "project": dict(),

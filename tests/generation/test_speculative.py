@@ -22,6 +22,7 @@ SETTINGS = {
   "layer_skip": {},
   "sorted_net": dict(depths=(1, 2, 4)),
   "recursive": dict(num_recursions=2, sharing="middle_cycle"),
+  "unified_skip": dict(speedups=(1.3, 2.0)),
 }
 
 
@@ -59,6 +60,8 @@ DRAFTS = [
   ("layer_skip", 2),
   ("sorted_net", 1),
   ("recursive", 0),
+  ("unified_skip", 0),
+  ("unified_skip", 1),
 ]
 
 

@@ -18,9 +18,11 @@ from adaptive.methods.width import sorted_net
 # Settings that leave each method something to choose.
 SETTINGS = {
   "early_exit": dict(exits=(1, 3)),
+  "first": dict(prompt_tokens=3),
   "sorted_net": dict(depths=(2, 4), q_per_kv=(1, 3), d_ff=(8, 24)),
   "mixture_of_recursions": dict(num_recursions=2, score_shifts=(0.5,), capacity_scales=(0.5,)),
   "recursive": dict(num_recursions=2, train_fewer=True),
+  "unified_skip": dict(speedups=(1.3, 2.0)),
 }
 # Models whose full dial is, by their paper, no plain transformer; their own tests say what it is.
 NOT_PLAIN = ("mixture_of_recursions",)
@@ -149,7 +151,7 @@ def test_the_nearest_field_is_named():
 
 
 def test_an_unknown_method_is_refused_with_the_known_ones():
-  with pytest.raises(ConfigError, match=r"unknown method 'sortednet'; the methods are dense, early_exit, l"):
+  with pytest.raises(ConfigError, match=r"unknown method 'sortednet'; the methods are dense, early_exit, first, l"):
     methods.default_config("sortednet")
   with pytest.raises(ConfigError, match=r"method.name is missing"):
     methods.parse_config({"method": {}})

@@ -28,6 +28,10 @@ CASES = {
   "layer_skip": ("layer_skip", dict(dropout=0.0, curriculum="none")),
   "recursive": ("recursive", dict(num_recursions=3, sharing="cycle")),
   "fewer": ("recursive", dict(num_recursions=3, sharing="sequence", train_fewer=True)),
+  "plans": ("unified_skip", dict(speedups=(1.5,), train="all")),
+  "plans_and_cosine": ("unified_skip", dict(speedups=(1.5,), cosine_loss=1.0)),
+  "prompts": ("first", dict(prompt_tokens=3)),
+  "routers": ("first", dict(prompt_tokens=3, train="routers")),
 }  # fmt: skip
 
 

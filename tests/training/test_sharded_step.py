@@ -1,6 +1,7 @@
 """The compiled training step on meshes: what it keeps, what it moves, and that every method learns the same there."""
 
 import collections
+import dataclasses
 import functools
 import math
 import re
@@ -18,6 +19,7 @@ from adaptive.training import state as states
 from adaptive.training.step import compile_step
 
 MODEL = tiny.model_config(num_layers=2, num_heads=8, num_kv_heads=4, d_ff=32, ff_groups=4)
+DEEPER = dataclasses.replace(MODEL, num_layers=3)  # for methods that never skip the first and the last layer
 BATCH = tiny.packed_batch(MODEL, rows=16)
 SIZES = dict(depths=(1, 2), q_per_kv=(1, 2), d_ff=(8, 32))
 CASES = {
@@ -30,6 +32,8 @@ CASES = {
   "exits": ("early_exit", dict(exits=(1,), heads="own")),
   "layer_skip": ("layer_skip", dict(dropout=0.5, rotation=2)),
   "recursive": ("recursive", dict(num_recursions=2, sharing="cycle")),
+  "unified_skip": ("unified_skip", dict(speedups=(1.5,))),
+  "first": ("first", dict(prompt_tokens=2)),
   "recursions": ("mixture_of_recursions", dict(num_recursions=2, sharing="cycle", kv_cache="shared")),
   "one": ("sorted_net", dict(**SIZES, executor="static", num_sampled=1)),
 }
@@ -45,7 +49,7 @@ def mesh_of(shape):
 def built(case, shape):
   name, settings = CASES[case]
   method, mesh = METHODS[name], mesh_of(shape)
-  model = method.build(MODEL, method.Config(**settings))
+  model = method.build(DEEPER if name in ("first", "unified_skip") else MODEL, method.Config(**settings))
   optimizer = optim.make_optimizer(OptimizerConfig(warmup_steps=0, learning_rate=0.01), 10)
   return method, model, optimizer, mesh, compile_step(method, model, optimizer, mesh, 0, 1)
 

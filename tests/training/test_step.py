@@ -14,6 +14,7 @@ from adaptive.training import state as states
 from adaptive.training.step import compile_step, make_step
 
 MODEL = tiny.model_config(num_layers=2)
+DEEPER = tiny.model_config(num_layers=3)  # for methods that never skip the first and the last layer
 BATCH = tiny.packed_batch(MODEL, rows=8)
 SETTINGS = {
   "dense": {},
@@ -21,6 +22,9 @@ SETTINGS = {
   "early_exit": dict(exits=(1,), heads="own"),
   "layer_skip": dict(dropout=0.0, curriculum="none"),  # drops are drawn for each micro-batch
   "recursive": dict(num_recursions=2, sharing="cycle"),
+  "unified_skip": dict(speedups=(1.5,), train="all", cosine_loss=0.5),
+  # The budget's loss is of the mean over a batch, which micro-batches have to themselves.
+  "first": dict(prompt_tokens=2, budget_loss=0.0),
   # The router's loss is a mean over candidates, of which micro-batches may have more or fewer for their tokens.
   "mixture_of_recursions": dict(num_recursions=2, sharing="cycle", router_loss=0.0),
 }
@@ -65,7 +69,7 @@ def test_one_by_eight_rows_equals_eight_by_one(case):
   """Gradients, seen through one step of plain descent, with micro-batches of unequal numbers of tokens."""
   name, settings = ACCUMULATED[case]
   method = METHODS[name]
-  model = method.build(MODEL, method.Config(**settings))
+  model = method.build(DEEPER if name in ("first", "unified_skip") else MODEL, method.Config(**settings))
   tokens = np.sum(np.asarray(BATCH["segment_ids"]) > 0, axis=1)
   assert len(set(tokens.tolist())) > 1
   descent = optim.optax.sgd(1.0)

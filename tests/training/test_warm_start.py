@@ -1,4 +1,4 @@
-"""A run that begins with the parameters of a trained dense model."""
+"""A run that begins with the parameters of a trained model."""
 
 import jax
 import numpy as np
@@ -60,6 +60,23 @@ def test_the_command_trains_from_there(place, tmp_path):
   cold = tiny_run.assemble(data, "recursive", **DEPTH, **{"training.steps": 2})
   loop.train(cold, str(tmp_path / "cold"))
   assert lines[0]["loss"] != next(line for line in tiny_run.lines(tmp_path / "cold") if "loss" in line)["loss"]
+
+
+def test_a_second_stage_begins_where_the_first_one_ended(place, tmp_path):
+  """FiRST's: routers on a frozen model, then all; and the model that the first stage begins with stays as it is."""
+  data, workdir, trained = place
+  stage = lambda **settings: tiny_run.assemble(data, "first", **DEPTH, **{"training.steps": 2, **settings})
+  one = stage(**{"training.init_from": workdir, "method.train": "routers"})
+  loop.train(one, str(tmp_path / "one"))
+  params = jax.device_get(load_params(one, str(tmp_path / "one"))[1])
+  routers = params.pop("routers")
+  tiny.assert_trees_equal(params, jax.device_get(trained))
+  assert (routers["bias"] != 2.0).all()
+  begun = warm_start.initial_state(stage(**{"training.init_from": str(tmp_path / "one")}))
+  tiny.assert_trees_equal(jax.device_get(begun.params), {**params, "routers": routers})
+  other = tiny_run.assemble(data, "recursive", **DEPTH, **{"training.init_from": str(tmp_path / "one")})
+  with pytest.raises(ConfigError, match="holds a model of method 'first': it must be a dense one"):
+    warm_start.initial_state(other)
 
 
 def test_what_does_not_fit_is_refused(place):
