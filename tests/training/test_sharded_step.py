@@ -30,6 +30,7 @@ CASES = {
   "exits": ("early_exit", dict(exits=(1,), heads="own")),
   "layer_skip": ("layer_skip", dict(dropout=0.5, rotation=2)),
   "recursive": ("recursive", dict(num_recursions=2, sharing="cycle")),
+  "depths": ("mixture_of_depths", dict(capacity=0.5, inference="predictor")),
   "recursions": ("mixture_of_recursions", dict(num_recursions=2, sharing="cycle", kv_cache="shared")),
   "one": ("sorted_net", dict(**SIZES, executor="static", num_sampled=1)),
 }

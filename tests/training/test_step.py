@@ -21,6 +21,7 @@ SETTINGS = {
   "early_exit": dict(exits=(1,), heads="own"),
   "layer_skip": dict(dropout=0.0, curriculum="none"),  # drops are drawn for each micro-batch
   "recursive": dict(num_recursions=2, sharing="cycle"),
+  "mixture_of_depths": dict(capacity=0.5, router_loss=0.5),
   # The router's loss is a mean over candidates, of which micro-batches may have more or fewer for their tokens.
   "mixture_of_recursions": dict(num_recursions=2, sharing="cycle", router_loss=0.0),
 }

@@ -89,7 +89,8 @@ def run_layers(model: nn.Module, params: Params, x: jax.Array, context: Context,
     for i, is_routed in enumerate(kinds):
       layer = jax.tree.map(lambda leaf, i=i: leaf[i], layers)
       if is_routed:
-        own = jax.tree.map(lambda leaf, i=len(found): leaf[i : i + 1], routers)
+        which = len(found)
+        own = jax.tree.map(lambda leaf, i=which: leaf[i : i + 1], routers)
         x, one = routed(layer, own, x)
         found.append(one)
       else:
