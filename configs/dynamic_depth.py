@@ -3,7 +3,8 @@
 python train.py --config=configs/dynamic_depth.py:early_exit --workdir=runs/early_exit
 python eval.py --workdir=runs/early_exit
 
-On the source code of Python's standard library, byte by byte. `:layer_skip` is LayerSkip, `:dense` the plain network;
+On the source code of Python's standard library, byte by byte. `:layer_skip` is LayerSkip, `:mixture_of_depths`
+Mixture-of-Depths with every other layer at a quarter of the tokens, `:dense` the plain network;
 `:dense,8` has 8 layers: a shallower network is what any of these must beat. `:deep` has 24 narrower layers, for
 self-speculative decoding.
 """
@@ -13,6 +14,7 @@ from adaptive import methods
 VARIANTS = {
   "early_exit": dict(exits=(1, 2, 3, 4, 6, 8, 12)),
   "layer_skip": dict(dropout=0.1, exit_scale=1.0, rotation=4),
+  "mixture_of_depths": dict(capacity=0.25, score_shifts=(-1.0, -0.5, 0.5, 1.0), capacity_scales=(0.75, 0.5, 0.25)),
   "dense": {},
 }
 DEEP = dict(exits=(1, 2, 3, 4, 6, 8, 12, 18), weights="equal")

@@ -116,6 +116,18 @@ def test_the_training_pass_and_its_gradients_are_the_slow_ones(name):
     assert size > 1e-3
 
 
+@pytest.mark.parametrize("name", ["router", "predictor, chunks, listed"])
+def test_the_loss_adds_the_routers_of_all_layers_to_the_cross_entropy(name):
+  model, params, batch = made(name)
+  value, metrics = jax.jit(lambda params: loss(model, params, batch))(params)
+  logits, routers, _ = slow_depths.run(model, jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params), batch)
+  picked = np.take_along_axis(logits, np.asarray(batch["targets"])[..., None], axis=-1)[..., 0]
+  each = (np.log(np.exp(logits).sum(axis=-1)) - picked)[real_of(batch)]
+  np.testing.assert_allclose(value, each.mean() + routers, rtol=1e-5)
+  np.testing.assert_allclose(metrics["loss"], (each.sum(), each.size), rtol=1e-5)
+  assert {float(count) for key, (_, count) in metrics.items() if key not in ("loss", "gate")} == {2 * each.size}
+
+
 @every_setting
 def test_every_sub_model_is_the_slow_one_with_holes(name):
   model, params, batch = made(name)
