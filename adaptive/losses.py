@@ -1,10 +1,14 @@
 """Losses over masked tokens as (sum, count) pairs, and the mean of a loss over several sub-models."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from adaptive import sharding
 
 SumCount = tuple[jax.Array, jax.Array]
 PyTree = Any
@@ -37,9 +41,22 @@ def correct(logits: jax.Array, targets: jax.Array, mask: jax.Array) -> SumCount:
   return jnp.sum(hits, dtype=jnp.float32), jnp.sum(mask, dtype=jnp.float32)
 
 
+def masked_sum(values: jax.Array, mask: jax.Array) -> SumCount:
+  """Sum of the values where the mask is true, and their number."""
+  return jnp.sum(values * mask, dtype=jnp.float32), jnp.sum(mask, dtype=jnp.float32)
+
+
 def mean(pair: SumCount) -> jax.Array:
   """sum / count; zero when nothing was counted."""
   return pair[0] / jnp.maximum(pair[1], 1.0)
+
+
+def totals(measure: Callable, params: PyTree, batches: Sequence[PyTree], mesh: Mesh) -> PyTree:
+  """What `measure(params, batch)` finds, as NumPy arrays, added up over batches that lie on a mesh."""
+  program = jax.jit(measure, out_shardings=sharding.replicated(mesh))
+  with jax.set_mesh(mesh):
+    found = [jax.device_get(program(params, batch)) for batch in batches]
+  return jax.tree.map(lambda *parts: np.sum(np.stack(parts), axis=0), *found)
 
 
 def mean_over(loss_fn: Callable, params: PyTree, shared: PyTree, entries: PyTree) -> tuple[jax.Array, PyTree]:

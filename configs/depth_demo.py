@@ -17,6 +17,12 @@ VARIANTS = {
   "early_exit": ("early_exit", dict(exits=EXITS)),
   "mue": ("early_exit", dict(exits=tuple(range(1, 8)), weights="equal", exit=MUE)),
   "layer_skip": ("layer_skip", dict(exit_scale=1.0, rotation=4)),
+  "unified_skip": ("unified_skip", dict(speedups=(1.2, 1.6, 2.0, 2.6))),  # 6, 5, 4 and 3 layers
+  "first": ("first", dict(prompt_tokens=32, target=0.6, thresholds=(0.3, 0.4, 0.5, 0.6, 0.7))),
+  "mixture_of_depths": (
+    "mixture_of_depths",
+    dict(capacity=0.25, score_shifts=(-1.0, -0.5, 0.5, 1.0), capacity_scales=(0.75, 0.5, 0.25)),
+  ),
 }
 
 

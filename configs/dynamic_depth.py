@@ -3,9 +3,9 @@
 python train.py --config=configs/dynamic_depth.py:early_exit --workdir=runs/early_exit
 python eval.py --workdir=runs/early_exit
 
-On the source code of Python's standard library, byte by byte. `:layer_skip` is LayerSkip, `:unified_skip` Unified Layer
-Skipping, `:first` FiRST, `:dense` the plain network; `:dense,8` has 8 layers: a shallower network is what any of these
-must beat. `:deep` has 24 narrower layers, for self-speculative decoding.
+On the source code of Python's standard library, byte by byte. `:layer_skip` is LayerSkip, `:dense` the plain network;
+`:dense,8` has 8 layers: a shallower network is what any of these must beat. `:deep` has 24 narrower layers, for
+self-speculative decoding. Every method, on a smaller network, is in `depth_demo.py`.
 """
 
 from adaptive import methods
@@ -13,8 +13,6 @@ from adaptive import methods
 VARIANTS = {
   "early_exit": dict(exits=(1, 2, 3, 4, 6, 8, 12)),
   "layer_skip": dict(dropout=0.1, exit_scale=1.0, rotation=4),
-  "unified_skip": dict(speedups=(1.25, 1.5, 2.0, 2.5, 4.0)),  # 12, 10, 8, 6 and 4 layers
-  "first": dict(prompt_tokens=32, target=0.6, thresholds=(0.3, 0.4, 0.5, 0.6, 0.7)),
   "dense": {},
 }
 DEEP = dict(exits=(1, 2, 3, 4, 6, 8, 12, 18), weights="equal")

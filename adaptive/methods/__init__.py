@@ -12,7 +12,15 @@ from adaptive import config as configs
 from adaptive import config_dict
 from adaptive.methods import dense
 from adaptive.methods.contract import Method
-from adaptive.methods.depth import early_exit, first, layer_skip, mixture_of_recursions, recursive, unified_skip
+from adaptive.methods.depth import (
+  early_exit,
+  first,
+  layer_skip,
+  mixture_of_depths,
+  mixture_of_recursions,
+  recursive,
+  unified_skip,
+)
 from adaptive.methods.width import sorted_net
 
 METHODS: dict[str, Method] = {
@@ -20,6 +28,7 @@ METHODS: dict[str, Method] = {
   "early_exit": early_exit,
   "first": first,
   "layer_skip": layer_skip,
+  "mixture_of_depths": mixture_of_depths,
   "mixture_of_recursions": mixture_of_recursions,
   "recursive": recursive,
   "sorted_net": sorted_net,

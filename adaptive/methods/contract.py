@@ -6,10 +6,12 @@ that carries both configs, so every function takes just the model.
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from adaptive.config import ModelConfig
@@ -21,6 +23,7 @@ Params = Any
 Cache = Any
 Batch = dict[str, jax.Array]
 Metrics = dict[str, SumCount]
+Rule = TypeVar("Rule", bound=tuple)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +108,19 @@ def check_index(index: int | jax.Array, number: int) -> None:
   """
   if isinstance(index, int) and not 0 <= index < number:
     raise IndexError(f"there is no sub-model {index}: they are numbered 0 to {number - 1}")
+
+
+def pick(rules: Sequence[Rule], index: int | jax.Array) -> Rule:
+  """The rule at an index of a list of named tuples of numbers; for a traced index one of traced numbers.
+
+  A number that all have in common stays one, and is not looked for in the program. IndexError as in `check_index`.
+  """
+  check_index(index, len(rules))
+  if isinstance(index, int):
+    return rules[index]
+  columns = [np.array(column) for column in zip(*rules)]
+  same = lambda column: len(set(column.tolist())) == 1
+  return type(rules[0])(*(c[0].item() if same(c) else jnp.asarray(c)[index] for c in columns))
 
 
 class Method(Protocol):

@@ -11,7 +11,7 @@ import tiny
 from adaptive.depth import exits
 from adaptive.methods import METHODS
 
-MOR = "mixture_of_recursions"
+MOD, MOR = "mixture_of_depths", "mixture_of_recursions"
 SETTINGS = {
   "sorted_net": dict(depths=(2, 4), q_per_kv=(1, 3), d_ff=(8, 24)),
   "recursive": dict(num_recursions=2),
@@ -29,6 +29,11 @@ RECURSIONS = {
   "token_hybrid": dict(
     routing="token_choice", composition="every", kv_cache="hybrid", score_shifts=(), capacity_scales=()
   ),
+}
+# Of Mixture-of-Depths; sub-models are a shift of the scores, a bound on the tokens, and the full one.
+DEPTHS = {
+  "router": dict(score_shifts=(0.3,)),
+  "predictor": dict(inference="predictor", score_shifts=(-0.05,), routed=(0, 3), gate="tanh"),
 }
 MODELS = {"plain": tiny.model_config(), "qwen": tiny.model_config(qk_norm=True, qkv_bias=True, tied_embeddings=False)}
 CASES = [("dense", "plain", 0), ("dense", "qwen", 0), ("sorted_net", "qwen", 0), ("sorted_net", "qwen", 5)]
@@ -49,6 +54,7 @@ EXITS = {
 CASES += [("early_exit", "project", 0), *(("early_exit", rule, 3) for rule in EXITS)]
 CASES += [(MOR, variant, -1) for variant in RECURSIONS]
 CASES += [(MOR, "wise", index) for index in (0, 2, 3)] + [(MOR, "token", 0), (MOR, "hybrid", 3)]
+CASES += [(MOD, "router", index) for index in (0, 1, 2)] + [(MOD, "predictor", index) for index in (1, 2)]
 LENGTH, PIECE = 8, 4
 
 
@@ -60,6 +66,8 @@ def case(name: str, variant: str, index: int):
     config = tiny.model_config(num_layers=6 if variant == "cycle" else 5, qk_norm=True)
     dials = dict(score_shifts=(0.3,), capacity_scales=(0.5,))
     settings = dict(num_recursions=3, **{**dials, **RECURSIONS[variant]})
+  elif name == MOD:
+    config, settings = tiny.model_config(qk_norm=True), dict(capacity=0.5, capacity_scales=(0.5,), **DEPTHS[variant])
   elif name == "early_exit":
     config = tiny.model_config(qk_norm=True)
     exiting = exits.Exiting(**{"thresholds": (0.1, 0.15, 0.2), **EXITS[variant]})

@@ -20,12 +20,13 @@ SETTINGS = {
   "early_exit": dict(exits=(1, 3)),
   "first": dict(prompt_tokens=3),
   "sorted_net": dict(depths=(2, 4), q_per_kv=(1, 3), d_ff=(8, 24)),
+  "mixture_of_depths": dict(capacity=0.5, score_shifts=(0.5,), capacity_scales=(0.5,)),
   "mixture_of_recursions": dict(num_recursions=2, score_shifts=(0.5,), capacity_scales=(0.5,)),
   "recursive": dict(num_recursions=2, train_fewer=True),
   "unified_skip": dict(speedups=(1.3, 2.0)),
 }
 # Models whose full dial is, by their paper, no plain transformer; their own tests say what it is.
-NOT_PLAIN = ("mixture_of_recursions",)
+NOT_PLAIN = ("mixture_of_depths", "mixture_of_recursions")
 FUNCTIONS = [name for name, value in vars(Method).items() if inspect.isfunction(value) and not name.startswith("_")]
 MODEL = tiny.model_config()
 every_method = pytest.mark.parametrize("name", METHODS)

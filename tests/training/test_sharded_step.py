@@ -34,6 +34,7 @@ CASES = {
   "recursive": ("recursive", dict(num_recursions=2, sharing="cycle")),
   "unified_skip": ("unified_skip", dict(speedups=(1.5,))),
   "first": ("first", dict(prompt_tokens=2)),
+  "depths": ("mixture_of_depths", dict(capacity=0.5, inference="predictor")),
   "recursions": ("mixture_of_recursions", dict(num_recursions=2, sharing="cycle", kv_cache="shared")),
   "one": ("sorted_net", dict(**SIZES, executor="static", num_sampled=1)),
 }

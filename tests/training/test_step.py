@@ -25,6 +25,7 @@ SETTINGS = {
   "unified_skip": dict(speedups=(1.5,), train="all", cosine_loss=0.5),
   # The budget's loss is of the mean over a batch, which micro-batches have to themselves.
   "first": dict(prompt_tokens=2, budget_loss=0.0),
+  "mixture_of_depths": dict(capacity=0.5, router_loss=0.5),
   # The router's loss is a mean over candidates, of which micro-batches may have more or fewer for their tokens.
   "mixture_of_recursions": dict(num_recursions=2, sharing="cycle", router_loss=0.0),
 }

@@ -35,11 +35,20 @@ from adaptive.backbone.transformer import Transformer
 from adaptive.config import ModelConfig, require, require_range
 from adaptive.depth import prompt_plan
 from adaptive.methods.contract import Batch, Decoder, Metrics, Output, Params, SubModel, check_index
-from adaptive.methods.defaults import batch_parts, control, diagnose, init_from, ladder, static_choice, ticker
+from adaptive.methods.defaults import (
+  at_random,
+  batch_parts,
+  control,
+  diagnose,
+  init_from,
+  ladder,
+  static_choice,
+  ticker,
+)
 
 __all__ = [
-  "Config", "batch_parts", "build", "control", "cost", "decoder", "diagnose", "extract", "forward", "init_from",
-  "ladder", "learning_rates", "loss", "sample", "static_choice", "submodels", "ticker", "update_flops",
+  "Config", "at_random", "batch_parts", "build", "control", "cost", "decoder", "diagnose", "extract", "forward",
+  "init_from", "ladder", "learning_rates", "loss", "sample", "static_choice", "submodels", "ticker", "update_flops",
 ]  # fmt: skip
 
 START = 2.0  # a fresh router's bias
@@ -188,20 +197,14 @@ def cost(model: FiRST, submodel: SubModel, seq_len: int, realised: Metrics) -> c
   than those of the prompt and attend to more, so what they save is somewhat more than is counted.
   """
   config, layers = model.config, range(1, model.routed + 1)
-  dense = costs.dense_cost(config, seq_len)
-  routers = model.routed * (config.d_model + 1)
-  counts = dict(
-    params_total=dense.params_total + routers,
-    params_non_embedding=dense.params_non_embedding + routers,
-    params_active=dense.params_active + routers,
-  )
+  dense = costs.with_params(costs.dense_cost(config, seq_len), model.routed * (config.d_model + 1))
   if submodel == submodels(model)[-1]:  # asks no router
-    return dataclasses.replace(dense, **counts)
+    return dense
   ran = [realised[f"ran/{layer}"] if realised else (1.0, 1.0) for layer in layers]
   run = 2 + sum(float(some) / float(number) for some, number in ran)
   flops = run * costs.layer_flops(config, (seq_len + 1) / 2) + router_flops(model) + costs.head_flops(config)
   written = round(dense.kv_bytes_per_token * run / config.num_layers)
-  return dataclasses.replace(dense, **counts, flops_per_token=flops, kv_bytes_per_token=written)
+  return dataclasses.replace(dense, flops_per_token=flops, kv_bytes_per_token=written)
 
 
 def update_flops(model: FiRST, choice: tuple[int, ...], seq_len: int) -> float:

@@ -20,13 +20,11 @@ Departures from the paper and its released code, with reasons:
 from collections.abc import Mapping, Sequence
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from adaptive import losses, recursion
 from adaptive.config import ModelConfig, require
 from adaptive.depth.ladder import Ladder
-from adaptive.methods.contract import Batch, Decoder, Metrics, Output, Params, SubModel, Ticker, check_index
+from adaptive.methods.contract import Batch, Decoder, Metrics, Output, Params, SubModel, Ticker, pick
 from adaptive.methods.defaults import at_random, batch_parts
 from adaptive.methods.depth.mixture_of_recursions import causal, decode, ticks, token_choice
 from adaptive.methods.depth.mixture_of_recursions import drafts as drafting
@@ -88,14 +86,7 @@ def loss(model: MixtureOfRecursions, params: Params, batch: Batch, choice, key, 
 
 def forward(model: MixtureOfRecursions, params: Params, batch: Batch, index: int | jax.Array) -> Output:
   """Logits under the causal rule. All tokens are computed, what is not kept is masked."""
-  family = [rule_of(submodel) for submodel in submodels(model)]
-  check_index(index, len(family))
-  if isinstance(index, int):
-    rule = family[index]
-  else:
-    columns = [np.array(column) for column in zip(*family)]
-    # A dial that no sub-model turns stays a number, and is not looked for in the program.
-    rule = Rule(*(column[0].item() if len(set(column)) == 1 else jnp.asarray(column)[index] for column in columns))
+  rule = pick([rule_of(submodel) for submodel in submodels(model)], index)
   logits, keeps = causal_logits(model, params, batch, rule)
   return Output(logits, causal.realised(model, keeps, batch["segment_ids"] > 0))
 

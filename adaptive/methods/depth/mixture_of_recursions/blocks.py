@@ -6,49 +6,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from adaptive import recursion, routing
+from adaptive import recursion
 from adaptive.backbone.attention import Context, LayerCache
 from adaptive.config import ModelConfig
 from adaptive.methods.depth.mixture_of_recursions.config import Config, KeyValues
-
-
-class Tokens(NamedTuple):
-  """Some tokens of each row, in order.
-
-  Attributes:
-    index: their positions in the row, int32 [b, n].
-    segment_ids: of packed documents, int32 [b, n]; 0 is padding.
-    sin, cos: rotary table at their positions in their documents, float32 [b, n, h / 2].
-  """
-
-  index: jax.Array
-  segment_ids: jax.Array
-  sin: jax.Array
-  cos: jax.Array
-
-  @property
-  def real(self) -> jax.Array:
-    """Bool [b, n]: no padding."""
-    return self.segment_ids > 0
-
-  def take(self, index: jax.Array) -> "Tokens":
-    return Tokens(*(routing.take(x, index) for x in self))
-
-
-def tokens_of(batch: dict[str, jax.Array], context: Context) -> Tokens:
-  """All tokens of a batch."""
-  segments = batch["segment_ids"]
-  index = jnp.broadcast_to(jnp.arange(segments.shape[1], dtype=jnp.int32), segments.shape)
-  return Tokens(index, segments, context.sin, context.cos)
-
-
-def visible(queries: Tokens, keys: Tokens, keep: jax.Array | None = None) -> jax.Array:
-  """Whether each query may see each key, bool [b, 1, t, s]: earlier, of its own document, and kept (or itself)."""
-  before = keys.index[:, None, :] <= queries.index[:, :, None]
-  same = keys.segment_ids[:, None, :] == queries.segment_ids[:, :, None]
-  if keep is not None:
-    same &= keep[:, None, :] | (keys.index[:, None, :] == queries.index[:, :, None])
-  return (before & same)[:, None]
+from adaptive.routing import Tokens, visible
 
 
 class Block(NamedTuple):

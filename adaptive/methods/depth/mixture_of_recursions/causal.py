@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from adaptive import routing
 from adaptive.methods.contract import Metrics, Params
 from adaptive.methods.depth.mixture_of_recursions import token_choice
-from adaptive.methods.depth.mixture_of_recursions.blocks import Block, Tokens, gate
+from adaptive.methods.depth.mixture_of_recursions.blocks import Block, gate
+from adaptive.routing import Tokens
 
 _RANDOM_ROUTER = 0  # the random router's seed at inference
 

@@ -133,14 +133,7 @@ def _check_ranges(config: Config) -> None:
     list(config.recursions) == sorted(set(config.recursions)) and all(0 < r < most for r in config.recursions),
     f"method.recursions={config.recursions} must increase and be fewer than method.num_recursions={most}",
   )
-  require(
-    len({*config.score_shifts, 0.0}) == len(config.score_shifts) + 1 and all(map(math.isfinite, config.score_shifts)),
-    f"method.score_shifts={config.score_shifts} must be finite and differ from each other and from 0, the full model's",
-  )
-  require(
-    len(set(config.capacity_scales)) == len(config.capacity_scales) and all(0 < s <= 1 for s in config.capacity_scales),
-    f"method.capacity_scales={config.capacity_scales} must differ from each other and lie in (0, 1]",
-  )
+  routing.check_dials(config.score_shifts, config.capacity_scales)
 
 
 def _check_capacities(config: Config) -> None:
@@ -169,13 +162,9 @@ def capacity_tokens(config: Config, seq_len: int, stage: int | None = None) -> t
   Raises:
     ConfigError: the row does not divide into chunks.
   """
-  chunk = config.capacity_chunk
-  require(
-    not chunk or seq_len % chunk == 0,
-    f"data.seq_len={seq_len} is not divisible by method.capacity_chunk={chunk}",
-  )
   shares = config.shares if stage is None else warmed(config, stage)
-  counts = [routing.capacity_tokens(share, seq_len, chunk, config.capacity_multiple) for share in shares]
+  sizes = config.capacity_chunk, config.capacity_multiple
+  counts = [routing.capacity_tokens(share, seq_len, *sizes) for share in shares]
   return tuple(min(counts[: i + 1]) for i in range(len(counts)))
 
 

@@ -1,14 +1,14 @@
 """How far inference is from training: the loss under top-k, which looks ahead, beside the causal one."""
 
+import functools
 from collections.abc import Mapping, Sequence
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from adaptive import losses, sharding
+from adaptive import losses
 from adaptive.methods.contract import Batch, Params
 from adaptive.methods.depth.mixture_of_recursions import causal
 from adaptive.methods.depth.mixture_of_recursions.config import capacity_tokens
@@ -25,10 +25,7 @@ def diagnose(model: nn.Module, params: Params, batches: Sequence[Batch], mesh: M
     `disagreement/r`: share of the tokens on which the two differ, of those that either has as candidates;
     `dead_positions`: share of the positions of a row that top-k never chose for the last recursion.
   """
-  measure = jax.jit(lambda params, batch: _measure(model, params, batch), out_shardings=sharding.replicated(mesh))
-  with jax.set_mesh(mesh):
-    found = [jax.device_get(measure(params, batch)) for batch in batches]
-  totals = jax.tree.map(lambda *parts: np.sum(np.stack(parts), axis=0), *found)
+  totals = losses.totals(functools.partial(_measure, model), params, batches, mesh)
   if "chosen" in totals:
     ever, total = totals.pop("chosen")
     totals["dead_positions"] = (np.sum((ever == 0) & (total > 0)), np.sum(total > 0))

@@ -12,11 +12,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from adaptive import routing
+from adaptive import losses, routing
 from adaptive.backbone.attention import LayerCache
 from adaptive.methods.contract import Metrics, Params
-from adaptive.methods.depth.mixture_of_recursions.blocks import Block, Tokens, gate
+from adaptive.methods.depth.mixture_of_recursions.blocks import Block, gate
 from adaptive.methods.depth.mixture_of_recursions.config import Config
+from adaptive.routing import Tokens
 
 
 class Candidates(NamedTuple):
@@ -41,7 +42,7 @@ def recur(
   """
   config, length = model.method, x.shape[1]
   chunks = length // config.capacity_chunk if config.capacity_chunk else 1
-  losses, metrics = [], {}
+  router_losses, metrics = [], {}
 
   def recursion(which: int, candidates: Candidates) -> jax.Array:
     x, tokens, base = candidates
@@ -51,7 +52,7 @@ def recur(
     order = jax.lax.stop_gradient(jnp.where(tokens.real, scores, -jnp.inf))
     chosen = None if everyone else routing.top(order, capacity, chunks)
     loss, found = _judge(config, params, which, x, tokens.real, scores, chosen)
-    losses.append(loss)
+    router_losses.append(loss)
     metrics.update({f"{name}/{which + 1}": pair for name, pair in found.items()})
     picked, some, weight = x, tokens, gate(config, scores[..., None])
     if not everyone:
@@ -63,7 +64,7 @@ def recur(
     return after if everyone else routing.put(x, chosen, after)
 
   x = recursion(0, Candidates(x, block.everyone, None))
-  return x, sum(losses), metrics
+  return x, sum(router_losses), metrics
 
 
 def _scores(config: Config, params: Params, which: int, x: jax.Array, key: jax.Array) -> jax.Array:
@@ -82,7 +83,7 @@ def _judge(
   """
   everyone = chosen is None
   targets = jnp.ones(real.shape, bool) if everyone else routing.at(chosen, real.shape[1])
-  metrics = {"gate": _sum(gate(config, scores[..., None])[..., 0], targets & real)}
+  metrics = {"gate": losses.masked_sum(gate(config, scores[..., None])[..., 0], targets & real)}
   if config.router == "random":
     return jnp.zeros(()), metrics
   decisions, weight = scores, config.router_loss
@@ -93,11 +94,6 @@ def _judge(
   task = routing.binary_cross_entropy(decisions, targets, real)
   size = routing.z_loss(scores[..., None], real)
   metrics["router_loss"] = task
-  metrics["router_accuracy"] = _sum((decisions > 0) == targets, real)
-  metrics["passing"] = _sum(decisions > 0, real)
-  mean = lambda pair: pair[0] / jnp.maximum(pair[1], 1.0)
-  return weight * mean(task) + config.z_loss * mean(size), metrics
-
-
-def _sum(values: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-  return jnp.sum(values * mask, dtype=jnp.float32), jnp.sum(mask, dtype=jnp.float32)
+  metrics["router_accuracy"] = losses.masked_sum((decisions > 0) == targets, real)
+  metrics["passing"] = losses.masked_sum(decisions > 0, real)
+  return weight * losses.mean(task) + config.z_loss * losses.mean(size), metrics

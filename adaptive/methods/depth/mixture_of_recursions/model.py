@@ -8,10 +8,10 @@ from adaptive import recursion
 from adaptive.backbone.transformer import Transformer
 from adaptive.methods.contract import Batch, Metrics, Params
 from adaptive.methods.depth.mixture_of_recursions import causal, expert_choice, token_choice
-from adaptive.methods.depth.mixture_of_recursions.blocks import Block, tokens_of
+from adaptive.methods.depth.mixture_of_recursions.blocks import Block
 from adaptive.methods.depth.mixture_of_recursions.causal import Choose, Rule
 from adaptive.methods.depth.mixture_of_recursions.config import Config, capacity_tokens
-from adaptive.routing import Router
+from adaptive.routing import Router, tokens_of
 
 
 class MixtureOfRecursions(Transformer):
