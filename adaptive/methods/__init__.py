@@ -12,15 +12,17 @@ from adaptive import config as configs
 from adaptive import config_dict
 from adaptive.methods import dense
 from adaptive.methods.contract import Method
-from adaptive.methods.depth import early_exit, layer_skip, mixture_of_recursions, recursive
+from adaptive.methods.depth import early_exit, jei_dnn, layer_skip, mixture_of_recursions, recursive, sec
 from adaptive.methods.width import sorted_net
 
 METHODS: dict[str, Method] = {
   "dense": dense,
   "early_exit": early_exit,
+  "jei_dnn": jei_dnn,
   "layer_skip": layer_skip,
   "mixture_of_recursions": mixture_of_recursions,
   "recursive": recursive,
+  "sec": sec,
   "sorted_net": sorted_net,
 }
 
