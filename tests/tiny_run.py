@@ -16,9 +16,11 @@ CLOCK = {"time", "tokens_per_second", "flops_per_second", "mfu", "measured_matmu
 METHOD = {
   "dense": {},
   "early_exit": {"exits": (1,)},
+  "jei_dnn": {"exits": (1,), "warmup_steps": 2, "phase_steps": 2},
   "layer_skip": {"rotation": 1},
   "sorted_net": {"depths": (1, 2), "d_ff": (16, 32)},
   "recursive": {"num_recursions": 2, "sharing": "cycle"},
+  "sec": {"exits": (1,)},
   "mixture_of_recursions": {"num_recursions": 2, "sharing": "cycle", "capacity_scales": (0.5,)},
 }
 

@@ -19,8 +19,10 @@ SETTINGS = {
   "dense": {},
   "sorted_net": dict(d_ff=(8, 24), accum_data="shared", executor="mask", scheme="all"),
   "early_exit": dict(exits=(1,), heads="own"),
+  "jei_dnn": dict(exits=(1,), heads="own"),
   "layer_skip": dict(dropout=0.0, curriculum="none"),  # drops are drawn for each micro-batch
   "recursive": dict(num_recursions=2, sharing="cycle"),
+  "sec": dict(exits=(1,)),
   # The router's loss is a mean over candidates, of which micro-batches may have more or fewer for their tokens.
   "mixture_of_recursions": dict(num_recursions=2, sharing="cycle", router_loss=0.0),
 }
