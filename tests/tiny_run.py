@@ -17,10 +17,12 @@ METHOD = {
   "dense": {},
   "early_exit": {"exits": (1,)},
   "first": {"prompt_tokens": 4},
+  "jei_dnn": {"exits": (1,), "warmup_steps": 2, "phase_steps": 2},
   "layer_skip": {"rotation": 1},
   "sorted_net": {"depths": (1, 2), "d_ff": (16, 32)},
   "recursive": {"num_recursions": 2, "sharing": "cycle"},
   "mixture_of_depths": {"capacity": 0.5, "capacity_scales": (0.5,)},
+  "sec": {"exits": (1,)},
   "mixture_of_recursions": {"num_recursions": 2, "sharing": "cycle", "capacity_scales": (0.5,)},
   "unified_skip": {"speedups": (1.5,)},
 }

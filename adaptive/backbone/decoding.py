@@ -28,10 +28,12 @@ def unstack(layers: Params, dtype: str) -> tuple[Params, ...]:
   return tuple(cut(i) for i in range(jax.tree.leaves(layers)[0].shape[0]))
 
 
-def unstacked(config: ModelConfig, params: Params) -> Params:
-  """A model's parameters as steps read them: layers apart, everything in the dtype that computes."""
-  rest = {name: part for name, part in params.items() if name != "layers"}
-  return {**jax.tree.map(lambda x: x.astype(config.dtype), rest), "layers": unstack(params["layers"], config.dtype)}
+def unstacked(config: ModelConfig, params: Params, kept: Sequence[str] = ()) -> Params:
+  """A model's parameters as steps read them: layers apart, everything but what is `kept` in the dtype that computes."""
+  rest = {name: part for name, part in params.items() if name not in ("layers", *kept)}
+  as_they_are = {name: params[name] for name in kept}
+  cast = jax.tree.map(lambda x: x.astype(config.dtype), rest)
+  return {**cast, **as_they_are, "layers": unstack(params["layers"], config.dtype)}
 
 
 def empty_layer(config: ModelConfig, batch_size: int, slots: int) -> LayerCache:

@@ -88,6 +88,18 @@ class Loop(NamedTuple):
   flops: float = 0.0
 
 
+class Ends(NamedTuple):
+  """What ends a text at a token after which all would be wrong (the Stop of SEC).
+
+  Attributes:
+    says: (params, exit, x [b, t, d], positions [b, t]) -> of which tokens, bool [b, t]; asked at the last exit too.
+    token: what such a token predicts, for certain.
+  """
+
+  says: Callable[[Params, int, jax.Array, jax.Array], jax.Array]
+  token: int
+
+
 class Exits(NamedTuple):
   """The exits of a model.
 
@@ -99,8 +111,11 @@ class Exits(NamedTuple):
     path: which of the parameters' layers each layer is, where some run several times; in their order if empty.
     shown: depth -> the dial of a sub-model where all leave there.
     loop: what passes of a shared block begin with.
-    added_params: parameters beside the backbone's that the full model needs. learned_flops: of a learned signal, for
-      each token and exit that is asked.
+    added_params: parameters beside the backbone's and the exits' own heads. own_params: of the own head of each early
+      exit; 0 where there is none.
+    learned_flops: of a learned signal, for each token and exit that is asked.
+    kept: names of parameters that compute in float32 whatever the model does, so that decoding does not round them.
+    ends: what ends a text, asked of all sub-models with thresholds.
   """
 
   model: Transformer
@@ -112,7 +127,10 @@ class Exits(NamedTuple):
   shown: Callable[[int], tuple[str, int]] = lambda depth: ("depth", depth)
   loop: Loop | None = None
   added_params: int = 0
+  own_params: int = 0
   learned_flops: float = 0.0
+  kept: tuple[str, ...] = ()
+  ends: Ends | None = None
 
   @property
   def config(self) -> ModelConfig:
@@ -135,6 +153,11 @@ class Exits(NamedTuple):
   @property
   def reads_logits(self) -> bool:
     return self.signal({}, 0).reads_logits
+
+  def asked_flops(self, which: int) -> float:
+    """FLOPs of what was learned and is asked of a token at an exit."""
+    signal = self.how.signal == "learned" and which < len(self.depths) - 1
+    return self.learned_flops if signal or self.ends is not None else 0.0
 
   def head(self, params: Params, which: int, x: jax.Array) -> jax.Array:
     """Float32 logits [b, t, v] at an exit."""
@@ -279,21 +302,38 @@ def leave(
 
 
 def _ask(exits: Exits, params: Params, which: int, walk: Walk, positions: jax.Array, rule: Rule) -> Walk:
-  """Lets those leave at an exit that are sure; at the last one, all."""
+  """Lets those leave at an exit that are sure, or end their text; at the last one, all."""
+  over = _over(exits, params, which, walk, positions, rule)
   if which == len(exits.depths) - 1:
-    logits = exits.head(params, which, last_read(walk))
+    logits = _spoken(exits, over, exits.head(params, which, last_read(walk)))
     return walk._replace(logits=jnp.where(walk.alive[..., None], logits, walk.logits), alive=jnp.zeros_like(walk.alive))
   value, logits, read, mean = look(exits, params, which, walk, positions)
   limit = jnp.asarray(rule.thresholds, jnp.float32)[which] * decay(exits.how, positions)
-  goes = walk.alive & ((value > limit) | (exits.depths[which] >= rule.depth))
+  goes = walk.alive & ((value > limit) | (exits.depths[which] >= rule.depth) | over)
+  spoken = lambda logits: jnp.where(goes[..., None], _spoken(exits, over, logits), walk.logits)
   if logits is None:  # the head is for those that leave, if any does
-    head = lambda: jnp.where(goes[..., None], exits.head(params, which, read), walk.logits)
-    out = jax.lax.cond(jnp.any(goes), head, lambda: walk.logits)
+    out = jax.lax.cond(jnp.any(goes), lambda: spoken(exits.head(params, which, read)), lambda: walk.logits)
   else:
-    out = jnp.where(goes[..., None], logits, walk.logits)
+    out = spoken(logits)
   previous = walk.previous[1] if logits is None else logits
   memory = exits.signal(params, which).remember(value, walk.memory)
   return Walk(walk.x, walk.alive & ~goes, out, (walk.x, previous), memory, mean)
+
+
+def _over(exits: Exits, params: Params, which: int, walk: Walk, positions: jax.Array, rule: Rule) -> jax.Array:
+  """Which tokens end their text at an exit, bool [b, t]; none where the rule lets none leave by what is seen."""
+  if exits.ends is None:
+    return jnp.zeros_like(walk.alive)
+  asks = jnp.any(jnp.asarray(rule.thresholds, jnp.float32) < jnp.inf)
+  return asks & exits.ends.says(params, which, walk.x, positions)
+
+
+def _spoken(exits: Exits, over: jax.Array, logits: jax.Array) -> jax.Array:
+  """Logits [b, t, v] with no choice left where a text ends: the others' probabilities round to 0 in float32."""
+  if exits.ends is None:
+    return logits
+  certain = jnp.where(jnp.arange(logits.shape[-1]) == exits.ends.token, 0.0, -100.0)
+  return jnp.where(over[..., None], certain[None, None], logits)
 
 
 def decay(how: Exiting, positions: jax.Array) -> jax.Array | float:
@@ -410,7 +450,7 @@ class Cache(NamedTuple):
 def decoder(exits: Exits, params: Params, rule: Rule) -> tuple[Params, Callable, Callable]:
   """Parameters, `empty_cache` and `step`, as `adaptive.methods.contract.Decoder` has them."""
   config, kv = exits.config, exits.how.kv
-  params = decoding.unstacked(config, params)
+  params = decoding.unstacked(config, params, exits.kept)
 
   def empty_cache(batch_size: int, slots: int) -> Cache:
     layers = tuple(visits.empty(config, kv, batch_size, slots) for _ in range(config.num_layers))
@@ -446,8 +486,12 @@ def cost(exits: Exits, rule: Rule, seq_len: int, realised: Mapping[str, SumCount
   """
   config, how = exits.config, exits.how
   passes = sum(depth <= rule.depth for depth in exits.depths) if fixed(rule) else len(exits.depths)
-  dense = costs.dense_cost(dataclasses.replace(config, num_layers=rule.depth), seq_len)
-  dense = costs.with_params(dense, exits.added_params - repeated(exits, rule.depth) * costs.layer_params(config))
+  # An exit that stands alone has its own head in place of the model's.
+  alone = exits.own_params > 0 and fixed(rule) and rule.depth < exits.depths[-1]
+  small = dataclasses.replace(config, num_layers=rule.depth, tied_embeddings=config.tied_embeddings and not alone)
+  dense = costs.dense_cost(small, seq_len)
+  added = exits.added_params + (0 if alone else exits.own_params * (len(exits.depths) - 1))
+  dense = costs.with_params(dense, added - repeated(exits, rule.depth) * costs.layer_params(config))
   loop = exits.loop.flops if exits.loop else 0.0
   if fixed(rule):  # stands alone, without the layers above the dial's depth
     return dataclasses.replace(dense, flops_per_token=dense.flops_per_token + passes * loop)
@@ -461,7 +505,7 @@ def cost(exits: Exits, rule: Rule, seq_len: int, realised: Mapping[str, SumCount
   if "layer_tokens" in realised:
     layers = layer * float(realised["layer_tokens"][0]) / float(realised["layer_tokens"][1])
   heads = sum(shares) if exits.reads_logits else 1.0
-  asked = exits.learned_flops * sum(shares[:-1]) if how.signal == "learned" else 0.0
+  asked = sum(exits.asked_flops(which) * share for which, share in enumerate(shares))
   total = layers + heads * costs.head_flops(config) + asked + loop * sum(shares)
   return dataclasses.replace(dense, flops_per_token=total)
 

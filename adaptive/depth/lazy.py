@@ -54,7 +54,7 @@ def decoder(
     again: whether they begin anew with every token.
   """
   config, full = exits.config, exits.depths[-1]
-  params = decoding.unstacked(config, params)
+  params = decoding.unstacked(config, params, exits.kept)
 
   def empty_cache(batch_size: int, slots: int) -> Cache:
     waiting = jnp.zeros((batch_size, wait, config.d_model), config.dtype)

@@ -1,6 +1,7 @@
 """Training losses over several exits of one forward pass."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +12,8 @@ from adaptive.backbone.transformer import Batch, Params
 from adaptive.losses import SumCount
 
 
-def exit_losses(head: Callable, heads: Params, hidden: jax.Array, batch: Batch) -> SumCount:
-  """Next-token cross entropy of every exit, (sums [e], counts [e]).
+def read_exits(head: Callable, heads: Params, hidden: jax.Array, reader: Callable[[jax.Array], Any]) -> Any:
+  """What `reader` makes of the logits [b, t, v] of every exit, stacked [e, ...].
 
   A head runs on one exit at a time and again in the backward pass, so the logits of one exit are held, not of all.
 
@@ -20,13 +21,18 @@ def exit_losses(head: Callable, heads: Params, hidden: jax.Array, batch: Batch) 
     head: (its parameters, x [b, t, d]) -> logits [b, t, v]. heads: leaves [e, ...]; a tree without leaves where all
       exits share one head. hidden: residual stream at the exits, [e, b, t, d].
   """
+  return jax.lax.map(jax.checkpoint(lambda inputs: reader(head(*inputs))), (heads, hidden))
+
+
+def exit_losses(head: Callable, heads: Params, hidden: jax.Array, batch: Batch) -> SumCount:
+  """Next-token cross entropy of every exit, (sums [e], counts [e]); arguments as of `read_exits`."""
+  return read_exits(head, heads, hidden, cross_entropy_of(batch))
+
+
+def cross_entropy_of(batch: Batch) -> Callable[[jax.Array], SumCount]:
+  """Logits [b, t, v] -> next-token cross entropy on a batch."""
   mask = batch["segment_ids"] > 0
-
-  @jax.checkpoint
-  def exit_loss(inputs):
-    return losses.cross_entropy(head(*inputs), batch["targets"], mask)
-
-  return jax.lax.map(exit_loss, (heads, hidden))
+  return lambda logits: losses.cross_entropy(logits, batch["targets"], mask)
 
 
 def weighted(pairs: SumCount, weights: jax.Array | Sequence[float]) -> jax.Array:

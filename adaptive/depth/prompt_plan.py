@@ -106,15 +106,15 @@ class Cache(NamedTuple):
 
 
 def decoder(
-  model: Transformer, params: Params, plans: Plans, as_they_are: tuple[str, ...] = ()
+  model: Transformer, params: Params, plans: Plans, kept: tuple[str, ...] = ()
 ) -> tuple[Params, Callable, Callable]:
   """Parameters, `empty_cache` and `step`, as `adaptive.methods.contract.Decoder` has them.
 
   Args:
-    as_they_are: names of the parameters that scores read, which keep their dtype.
+    kept: names of the parameters that scores read, which keep their dtype.
   """
   config, full = model.config, model.config.num_layers
-  params = {**decoding.unstacked(config, params), **{name: params[name] for name in as_they_are}}
+  params = decoding.unstacked(config, params, kept)
 
   def empty_cache(batch_size: int, slots: int) -> Cache:
     layers = tuple(visits.empty(config, "hole", batch_size, slots) for _ in range(full))

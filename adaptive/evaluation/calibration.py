@@ -50,9 +50,9 @@ def exit_costs(exits: Exits, seq_len: int) -> np.ndarray:
   config, full = exits.config, exits.depths[-1]
   layer, head = costs.layer_flops(config, (seq_len + 1) / 2), costs.head_flops(config)
   above = costs.key_value_flops(config) if exits.how.kv == "project" else 0.0
-  learned = exits.learned_flops if exits.how.signal == "learned" else 0.0
   loop, found = exits.loop.flops if exits.loop else 0.0, []
   for which, depth in enumerate(exits.depths):
-    heads, asked = which + 1 if exits.reads_logits else 1, min(which + 1, len(exits.depths) - 1)
-    found.append(depth * layer + (full - depth) * above + heads * head + asked * learned + (which + 1) * loop)
+    heads = which + 1 if exits.reads_logits else 1
+    asked = sum(map(exits.asked_flops, range(which + 1)))
+    found.append(depth * layer + (full - depth) * above + heads * head + asked + (which + 1) * loop)
   return np.array(found)

@@ -15,10 +15,12 @@ from adaptive.methods.contract import Method
 from adaptive.methods.depth import (
   early_exit,
   first,
+  jei_dnn,
   layer_skip,
   mixture_of_depths,
   mixture_of_recursions,
   recursive,
+  sec,
   unified_skip,
 )
 from adaptive.methods.width import sorted_net
@@ -27,10 +29,12 @@ METHODS: dict[str, Method] = {
   "dense": dense,
   "early_exit": early_exit,
   "first": first,
+  "jei_dnn": jei_dnn,
   "layer_skip": layer_skip,
   "mixture_of_depths": mixture_of_depths,
   "mixture_of_recursions": mixture_of_recursions,
   "recursive": recursive,
+  "sec": sec,
   "sorted_net": sorted_net,
   "unified_skip": unified_skip,
 }

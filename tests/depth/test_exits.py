@@ -5,8 +5,9 @@ import functools
 import jax
 import numpy as np
 import pytest
-import slow_visits
+import slow_exits
 import tiny
+from scipy import special
 
 from adaptive import executors
 from adaptive.backbone.transformer import Transformer
@@ -37,34 +38,15 @@ def built(signal="max_probability", threshold=0.22, kv="project", heads="shared"
   return model, tiny.random_params(model), run
 
 
-def slow(model, params, batch, kv, threshold):
-  """Depth and logits of every token: streams of the slow executor, exits tried one after the other (project, copy)."""
-  rows, length = batch["inputs"].shape
-  depth = np.zeros((rows, length), int)
-  exits = model.exits
-  # Under these rules what a token leaves depends on where it left, so tokens are settled from left to right.
-  for t in range(length):
-    for which, stop in enumerate(exits.depths):
-      depth[:, t] = np.where(depth[:, t] == 0, stop, depth[:, t])
-      visits = (np.arange(CONFIG.num_layers)[:, None, None] < depth).astype(np.int32)
-      if stop == CONFIG.num_layers:
-        break
-      logits = slow_visits.logits(CONFIG, params, batch, visits, kv, 1)[:, t]
-      top = np.exp(logits - logits.max(-1, keepdims=True))
-      sure = (top / top.sum(-1, keepdims=True)).max(-1) > threshold
-      depth[:, t] = np.where((depth[:, t] == stop) & ~sure, 0, depth[:, t])
-      del which
-  visits = (np.arange(CONFIG.num_layers)[:, None, None] < depth).astype(np.int32)
-  return depth, slow_visits.logits(CONFIG, params, batch, visits, kv, 1)
-
-
 @pytest.mark.parametrize("kv", ["project", "copy", "hole"])
 def test_tokens_leave_where_the_slow_way_lets_them(kv):
   model, params, run = built(kv=kv)
   batch = tiny.packed_batch(CONFIG, length=7)
   found = run(params, batch)
-  depth, want = slow(model, params, batch, kv, 0.22)
+  ask = lambda which, x: special.softmax(slow_exits.logits(CONFIG, params, x)).max() > 0.22
+  depth, x = slow_exits.left(CONFIG, params, batch, model.exits.depths, kv, lambda position: ask)
   real = np.asarray(batch["segment_ids"]) > 0
+  want = slow_exits.logits(CONFIG, params, x)
   np.testing.assert_allclose(np.asarray(found.logits)[real], want[real], rtol=2e-5, atol=2e-5)
   assert float(found.aux["layers"][0]) == depth[real].sum()
   assert len(set(depth[real])) == 3

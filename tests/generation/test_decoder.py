@@ -1,5 +1,6 @@
 """The decoder of every sub-model: in whatever pieces tokens arrive, the logits are those of one forward pass."""
 
+import dataclasses
 import functools
 
 import jax
@@ -52,6 +53,9 @@ EXITS = {
   "stability": dict(kv="copy", signal="stability", thresholds=(0.2, 0.4, 0.6)),
 }
 CASES += [("early_exit", "project", 0), *(("early_exit", rule, 3) for rule in EXITS)]
+# Of exits that were learned, by method; SEC stops some tokens.
+LEARNED = {"jei_dnn": dict(), "sec": dict(stop_threshold=0.6, stop_token=5)}
+CASES += [(name, rule, 4) for name in LEARNED for rule in ("project", "hole", "exact")]
 CASES += [(MOR, variant, -1) for variant in RECURSIONS]
 CASES += [(MOR, "wise", index) for index in (0, 2, 3)] + [(MOR, "token", 0), (MOR, "hybrid", 3)]
 CASES += [(MOD, "router", index) for index in (0, 1, 2)] + [(MOD, "predictor", index) for index in (1, 2)]
@@ -72,6 +76,10 @@ def case(name: str, variant: str, index: int):
     config = tiny.model_config(qk_norm=True)
     exiting = exits.Exiting(**{"thresholds": (0.1, 0.15, 0.2), **EXITS[variant]})
     settings = dict(exits=(1, 3), heads="own" if variant == "copy" else "shared", exit=exiting)
+  elif name in LEARNED:
+    config, how = tiny.model_config(qk_norm=True), METHODS[name].Config().exit
+    exiting = dataclasses.replace(how, thresholds=(0.3, 0.5), kv=variant, **LEARNED[name])
+    settings = dict(exits=(1, 2, 3), heads="own", exit=exiting)
   else:
     config, settings = MODELS[variant], SETTINGS.get(name, {})
   model = method.build(config, method.Config(**settings))

@@ -27,6 +27,13 @@ CASES = {
   "own_exits": ("early_exit", dict(exits=(1, 2), heads="own")),
   "layer_skip": ("layer_skip", dict(dropout=0.0, curriculum="none")),
   "recursive": ("recursive", dict(num_recursions=3, sharing="cycle")),
+  "gates_warm": ("jei_dnn", dict(exits=(1, 2), warmup_steps=4)),
+  "gates": ("jei_dnn", dict(exits=(1, 2), warmup_steps=0, phase_steps=4)),
+  "gated": ("jei_dnn", dict(exits=(1, 2), warmup_steps=0, phase_steps=2)),
+  "gated_frozen": ("jei_dnn", dict(exits=(1, 2), warmup_steps=0, phase_steps=2, heads="own", backbone="frozen")),
+  "controller": ("sec", dict(exits=(1, 2))),
+  "controller_frozen": ("sec", dict(exits=(1, 2), backbone="frozen")),
+  "controller_alone": ("sec", dict(exits=(1, 2), backbone="frozen", heads="shared")),
   "fewer": ("recursive", dict(num_recursions=3, sharing="sequence", train_fewer=True)),
   "plans": ("unified_skip", dict(speedups=(1.5,), train="all")),
   "plans_and_cosine": ("unified_skip", dict(speedups=(1.5,), cosine_loss=1.0)),
@@ -82,7 +89,8 @@ def test_the_products_of_a_traced_update_are_those_counted(name):
   # The program computes the whole square of scores: as many keys as positions, which 2 * LENGTH - 1 stands for.
   counted = method.update_flops(model, choice, 2 * LENGTH - 1)
   # Each exit's logits are computed again in the backward pass, which saves memory and is no work of the model's.
-  exits = {"multi_exit": 3, "exits": 3, "own_exits": 3, "layer_skip": 3}.get(name, 0)
+  exits = {"multi_exit": 3, "exits": 3, "own_exits": 3, "layer_skip": 3, "gates_warm": 3, "gated": 3}.get(name, 0)
+  exits += {"gated_frozen": 2, "controller": 3, "controller_frozen": 2}.get(name, 0)
   again = costs.head_flops(MODEL) * exits
   found = products(jax.make_jaxpr(program)(params, batch).jaxpr)
   assert found == pytest.approx((counted + again) * ROWS * LENGTH, rel=1e-6)

@@ -30,11 +30,13 @@ CASES = {
   "multi_exit": ("sorted_net", dict(depths=(1, 2), scheme="multi_exit")),
   "sandwich": ("sorted_net", dict(**SIZES, scheme="sandwich", num_sampled=3, accum_data="shared", distill=0.5)),
   "exits": ("early_exit", dict(exits=(1,), heads="own")),
+  "gates": ("jei_dnn", dict(exits=(1,), warmup_steps=1, phase_steps=1)),
   "layer_skip": ("layer_skip", dict(dropout=0.5, rotation=2)),
   "recursive": ("recursive", dict(num_recursions=2, sharing="cycle")),
   "unified_skip": ("unified_skip", dict(speedups=(1.5,))),
   "first": ("first", dict(prompt_tokens=2)),
   "depths": ("mixture_of_depths", dict(capacity=0.5, inference="predictor")),
+  "controller": ("sec", dict(exits=(1,))),
   "recursions": ("mixture_of_recursions", dict(num_recursions=2, sharing="cycle", kv_cache="shared")),
   "one": ("sorted_net", dict(**SIZES, executor="static", num_sampled=1)),
 }

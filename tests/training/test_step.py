@@ -20,12 +20,14 @@ SETTINGS = {
   "dense": {},
   "sorted_net": dict(d_ff=(8, 24), accum_data="shared", executor="mask", scheme="all"),
   "early_exit": dict(exits=(1,), heads="own"),
+  "jei_dnn": dict(exits=(1,), heads="own"),
   "layer_skip": dict(dropout=0.0, curriculum="none"),  # drops are drawn for each micro-batch
   "recursive": dict(num_recursions=2, sharing="cycle"),
   "unified_skip": dict(speedups=(1.5,), train="all", cosine_loss=0.5),
   # The budget's loss is of the mean over a batch, which micro-batches have to themselves.
   "first": dict(prompt_tokens=2, budget_loss=0.0),
   "mixture_of_depths": dict(capacity=0.5, router_loss=0.5),
+  "sec": dict(exits=(1,)),
   # The router's loss is a mean over candidates, of which micro-batches may have more or fewer for their tokens.
   "mixture_of_recursions": dict(num_recursions=2, sharing="cycle", router_loss=0.0),
 }

@@ -17,18 +17,16 @@ Departures, with reasons:
 import dataclasses
 from typing import Literal
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from adaptive import cost as costs
 from adaptive import executors
-from adaptive.backbone.layers import param
-from adaptive.backbone.transformer import Batch, Transformer
+from adaptive.backbone.transformer import Batch
 from adaptive.config import ModelConfig, require, require_range
 from adaptive.depth import exits as exiting
-from adaptive.depth import objectives
+from adaptive.depth import heads, objectives
 from adaptive.methods.contract import Metrics, Params
 from adaptive.methods.defaults import batch_parts, control, init_from, static_choice, ticker
 from adaptive.methods.exiting import at_random, cost, decoder, diagnose, extract, forward, ladder, sample, submodels
@@ -67,56 +65,14 @@ class Config:
     require(not self.heads_only or self.heads == "own", "method.heads_only needs method.heads='own'")
 
 
-class ExitHeads(nn.Module):
-  """Declares a norm and a matrix [d, v] for each of several exits, stacked."""
-
-  config: ModelConfig
-  number: int
-
-  @nn.compact
-  def __call__(self) -> None:
-    c = self.config
-    param(self, "scale", nn.initializers.ones, (self.number, c.d_model), ("layers", "embed"))
-    shape, axes = (self.number, c.d_model, c.vocab_size), ("layers", "embed", "vocab")
-    param(self, "matrix", nn.initializers.normal(c.init_std), shape, axes)
-
-
-class EarlyExit(Transformer):
-  """The backbone's parameters, and `exit_heads` where exits have their own."""
+class EarlyExit(heads.ExitModel):
+  """A model with heads at several depths."""
 
   method: Config = Config()
 
-  def setup(self):
-    super().setup()
-    if self.method.heads == "own" and len(self.trained) > 1:
-      self.exit_heads = ExitHeads(self.config, len(self.trained) - 1)
-
-  @property
-  def trained(self) -> tuple[int, ...]:
-    """Depths with a trained head, the model's own included."""
-    return tuple(sorted({*self.method.exits, self.config.num_layers}))
-
-  @property
-  def exits(self) -> exiting.Exits:
-    depths = exiting.check(self.config, self.method.exit, self.method.exits)
-    return exiting.Exits(self.clone(parent=None), self.method.exit, depths, self._own)
-
-  def _own(self, params: Params, depth: int) -> Params | None:
-    if self.method.heads == "shared" or depth == self.config.num_layers:
-      return None
-    return jax.tree.map(lambda leaf: leaf[self.trained.index(depth)], params["exit_heads"])
-
-  def __call__(self, batch: Batch) -> jax.Array:
-    """Float32 logits [b, t, v] of the full model."""
-    if self.is_initializing() and self.method.heads == "own" and len(self.trained) > 1:
-      self.exit_heads()
-    return super().__call__(batch)
-
 
 def build(model_config: ModelConfig, config: Config) -> EarlyExit:
-  require(bool(config.exits), "method.exits is empty: name the numbers of layers after which a token may leave")
-  model = EarlyExit(model_config, method=config)
-  exiting.check(model_config, config.exit, config.exits)  # refuses what cannot be
+  model = heads.check(EarlyExit(model_config, method=config))
   given = config.listed_weights
   require(
     not given or (len(given) == len(model.trained) and min(given) >= 0 and given[-1] > 0),
@@ -136,26 +92,14 @@ def weights_at(model: EarlyExit, step: jax.Array) -> jax.Array:
 
 def loss(model: EarlyExit, params: Params, batch: Batch, choice, key, step) -> tuple[jax.Array, Metrics]:
   """Weighted mean over exits of the next-token cross entropy."""
-  hidden, eps = executors.exits(model.config, params, batch, model.trained), model.config.norm_eps
-  shared = lambda _, x: model.apply({"params": params}, x, method="head")
-  if model.method.heads == "own" and len(model.trained) > 1:
-    early = objectives.exit_losses(
-      lambda own, x: exiting.norm_and_matrix(x, own["scale"], own["matrix"], eps),
-      params["exit_heads"],
-      hidden[:-1],
-      batch,
-    )
-    last = objectives.exit_losses(shared, None, hidden[-1:], batch)
-    pairs = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), early, last)
-  else:
-    pairs = objectives.exit_losses(shared, None, hidden, batch)
-  each = {f"loss/{depth}": jax.tree.map(lambda x, i=i: x[i], pairs) for i, depth in enumerate(model.trained)}
-  return objectives.weighted(pairs, weights_at(model, step)), {"loss": each.pop(f"loss/{model.trained[-1]}"), **each}
+  hidden = executors.exits(model.config, params, batch, model.trained)
+  pairs = heads.read(model, params, hidden, objectives.cross_entropy_of(batch))
+  return objectives.weighted(pairs, weights_at(model, step)), heads.by_depth(model, pairs)
 
 
 def learning_rates(model: EarlyExit) -> dict[str, float]:
   """EE-Tuning freezes all but the exits' heads."""
-  return dict.fromkeys(("embedding", "layers", "final_norm"), 0.0) if model.method.heads_only else {}
+  return dict.fromkeys(heads.BACKBONE, 0.0) if model.method.heads_only else {}
 
 
 def update_flops(model: EarlyExit, choice: tuple[int, ...], seq_len: int) -> float:

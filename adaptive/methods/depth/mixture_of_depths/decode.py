@@ -29,8 +29,6 @@ class Cache(NamedTuple):
 def decoder(model: nn.Module, params: Params, rule: Rule) -> Decoder:
   """The sub-model of a rule, of plain numbers."""
   config = model.config
-  routers = {name: part for name, part in params.items() if name in ROUTERS}
-  backbone = {name: part for name, part in params.items() if name not in ROUTERS}
 
   def empty_cache(batch_size: int, slots: int) -> Cache:
     plain, hole = decoding.empty_layer(config, batch_size, slots), visits.empty(config, "hole", batch_size, slots)
@@ -63,4 +61,5 @@ def decoder(model: nn.Module, params: Params, rule: Rule) -> Decoder:
     return logits, cache, realised(model, keeps, real)
 
   # Routers stay float32: a tie decides a token's path.
-  return Decoder({**decoding.unstacked(config, backbone), **routers}, empty_cache, step)
+  routers = [name for name in ROUTERS if name in params]
+  return Decoder(decoding.unstacked(config, params, routers), empty_cache, step)
