@@ -1,6 +1,7 @@
 """FiRST: decisions and logits against the slow executor, and decoding in any pieces."""
 
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +11,10 @@ import slow_prompts
 import slow_visits
 import tiny
 
+from adaptive import config_dict, losses, methods
 from adaptive import cost as costs
-from adaptive import losses
 from adaptive.backbone.transformer import Transformer
-from adaptive.config import ConfigError
+from adaptive.config import ConfigError, Experiment
 from adaptive.depth import prompt_plan, replay
 from adaptive.methods import METHODS
 from adaptive.methods.depth import first
@@ -264,6 +265,14 @@ def test_routers_decide_in_float32_whatever_the_model_computes_in():
 def test_settings_that_cannot_be_are_refused(settings, message):
   with pytest.raises(ConfigError, match=message):
     built(**settings)
+
+
+def test_thresholds_may_change_after_training_and_nothing_else():
+  saved = json.loads(config_dict.to_json(Experiment(method=METHOD.Config()), "first"))
+  changed = config_dict.changed(saved, ["method.thresholds=(0.9, 0.95)"])
+  assert methods.parse_config(changed)[1].method.thresholds == (0.9, 0.95)
+  with pytest.raises(ConfigError, match="prompt_tokens is part of what was trained"):
+    config_dict.changed(saved, ["method.prompt_tokens=4"])
 
 
 def test_two_layers_leave_nothing_to_skip():

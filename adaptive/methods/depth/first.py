@@ -10,7 +10,7 @@ Departures, with reasons:
   Decisions are then causal, and evaluation of whole rows is what decoding does. A longer prompt is read by its first
   tokens only; its others follow their decision;
 - the first and the last layer are never skipped: nothing else reads the embedding, and the head knows the last one;
-- the paper's exact loss was not at hand, and no code is public: ours is the cross entropy plus
+- the paper's exact loss was not at hand, and no code was found: ours is the cross entropy plus
   `budget_loss` (r - target)^2, r being the mean share of the routed layers that tokens after the prompt run. The paper
   has a skip-rate term and a penalty that keeps routers from running everything; `target` is what both are for;
 - a decision is hard forward and passes the probability's gradient backward (straight-through), so that what is trained
