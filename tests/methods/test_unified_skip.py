@@ -1,7 +1,6 @@
-"""Unified Layer Skipping: which layers a speed-up keeps, what a step trains, and that time falls with them."""
+"""Unified Layer Skipping: which layers a speed-up keeps and what a step trains."""
 
 import dataclasses
-import time
 
 import jax
 import jax.numpy as jnp
@@ -150,25 +149,6 @@ def test_a_sub_model_costs_its_layers():
     assert METHOD.cost(model, submodel, 8, {}) == costs.dense_cost(small, 8)
     decoder = METHOD.decoder(model, params, submodel)
     assert len(decoder.params["layers"]) == len(decoder.empty_cache(1, 4).layers) == len(path)
-
-
-def test_time_falls_with_the_layers():
-  """Of 16 layers a speed-up of 8 keeps 2; a generous bound, for a busy machine."""
-  config = tiny.model_config(num_layers=16, d_model=128, d_ff=512, head_dim=32)
-  model, params, _ = built(config, speedups=(8.0,))
-  runs = []
-  for submodel in METHOD.submodels(model):
-    decoder = METHOD.decoder(model, params, submodel)
-    inputs = decoder.params, np.ones((4, 1), np.int32), np.ones(4, np.int32), decoder.empty_cache(4, 64)
-    step = jax.jit(decoder.step).lower(*inputs).compile()
-    runs.append((step, jax.device_put(inputs)))
-  times = [[], []]
-  for _ in range(30):
-    for (step, inputs), found in zip(runs, times):
-      start = time.perf_counter()
-      jax.block_until_ready(step(*inputs))
-      found.append(time.perf_counter() - start)
-  assert min(times[0]) < 0.5 * min(times[1])
 
 
 def test_any_plan_may_draft():
