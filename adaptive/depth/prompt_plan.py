@@ -19,7 +19,7 @@ from adaptive.backbone import decoding
 from adaptive.backbone.attention import Context
 from adaptive.backbone.transformer import REMAT_POLICIES, Batch, Block, Params, Transformer
 from adaptive.config import ModelConfig
-from adaptive.depth import visits
+from adaptive.depth import chance, visits
 from adaptive.losses import SumCount
 
 Estimator = Literal["none", "straight_through", "soft"]
@@ -55,16 +55,25 @@ def gate(probability: jax.Array, threshold: float | jax.Array, estimator: Estima
 
 
 def one_shot(
-  model: Transformer, params: Params, batch: Batch, plans: Plans, estimator: Estimator = "none"
+  model: Transformer,
+  params: Params,
+  batch: Batch,
+  plans: Plans,
+  estimator: Estimator = "none",
+  rates: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """Whole rows: every token is computed in every layer, and what it leaves out is masked.
+
+  Args:
+    rates: of each routed layer, the share of the documents [l - 2] that run it after their prompts: chance decides.
 
   Returns:
     Float32 logits [b, t, v], and the gates of the routed layers, float32 [l - 2, b, t], 1 for the prompts.
   """
   config, last = model.config, model.config.num_layers - 1
   x, context = model.apply({"params": params}, batch, method="embed")
-  prompt = plans.prompt(batch["positions"])
+  prompt, rows = plans.prompt(batch["positions"]), jnp.arange(x.shape[0])
+  documents = batch["segment_ids"] * len(rows) + rows[:, None]
   # A token sees the prompt of its own document, as far as it lies before it.
   seen = context.mask[:, 0] & prompt[:, None]
   cut = lambda start, stop: jax.tree.map(lambda leaf: leaf[start:stop], params["layers"])
@@ -73,7 +82,10 @@ def one_shot(
     which, weights = inputs
     scores = plans.score(params, which, x)
     mean = jnp.sum(jnp.where(seen, scores[:, None], 0.0), axis=-1) / plans.prompt_tokens
-    gates = jnp.where(prompt, 1.0, gate(jax.nn.sigmoid(mean), plans.threshold, estimator))
+    later = gate(jax.nn.sigmoid(mean), plans.threshold, estimator)
+    if rates is not None:
+      later = (chance.noise(documents, which) < rates[which]).astype(jnp.float32)
+    gates = jnp.where(prompt, 1.0, later)
     y, _ = Block(config, parent=None).apply({"params": weights}, x, context)
     part = gates.astype(x.dtype)[..., None]
     return part * y + (1 - part) * x, gates  # exactly y or x, where the gate is 1 or 0
@@ -139,18 +151,19 @@ def decoder(
       x, (own,), _ = visits.step(config, (weights,), x, context, active, "hole", (cache.layers[layer],), nothing)
       layers.append(own)
     logits = model.apply({"params": params}, decoding.last_of(x, counts), method="head")[:, 0]
-    return logits, Cache(tuple(layers), jnp.stack(sums), cache.lengths + counts), realised(ran, real)
+    return logits, Cache(tuple(layers), jnp.stack(sums), cache.lengths + counts), realised(ran, real, prompt)
 
   return params, empty_cache, step
 
 
-def realised(ran: jax.Array | list[jax.Array], real: jax.Array) -> Mapping[str, SumCount]:
-  """Share of the tokens that ran each routed layer, `ran/<layer>`, and layers of a token, `layers`.
+def realised(ran: jax.Array | list[jax.Array], real: jax.Array, prompt: jax.Array) -> Mapping[str, SumCount]:
+  """Share of the tokens that ran each routed layer, `ran/<layer>`, that are prompts, and layers of a token, `layers`.
 
   Args:
-    ran: of the routed layers, bool [b, t] each. real: no padding, bool [b, t].
+    ran: of the routed layers, bool [b, t] each. real: no padding, bool [b, t]. prompt: which are of one, bool [b, t].
   """
   number = jnp.sum(real, dtype=jnp.float32)
   tokens = [jnp.sum(some & real, dtype=jnp.float32) for some in ran]
   found = {f"ran/{layer}": (some, number) for layer, some in enumerate(tokens, 1)}
-  return found | {"layers": (2 * number + sum(tokens), number)}
+  prompts = jnp.sum(prompt & real, dtype=jnp.float32)
+  return found | {"prompt": (prompts, number), "layers": (2 * number + sum(tokens), number)}

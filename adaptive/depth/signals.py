@@ -11,6 +11,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from adaptive.depth import chance
+
 
 class Seen(NamedTuple):
   """What is known of a token at an exit.
@@ -106,10 +108,7 @@ def random(seen: Seen) -> jax.Array:
 
   A threshold of 1 - p at an exit lets a share p of those there leave, whatever they are.
   """
-  key = lambda position, passed: jax.random.fold_in(jax.random.fold_in(jax.random.key(0), position), passed)
-  draw = lambda position, passed: jax.random.uniform(key(position, passed))
-  flat = jax.vmap(draw)(seen.positions.reshape(-1), seen.memory.reshape(-1).astype(jnp.int32))
-  return flat.reshape(seen.positions.shape)
+  return chance.noise(seen.positions, seen.memory)
 
 
 SIGNALS = {

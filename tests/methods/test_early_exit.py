@@ -8,7 +8,6 @@ import tiny
 
 from adaptive import losses
 from adaptive.backbone.transformer import Transformer
-from adaptive.depth.exits import Exiting
 from adaptive.methods import METHODS
 from adaptive.methods.depth import early_exit
 
@@ -84,26 +83,3 @@ def test_the_weights_warm_up_to_their_own():
   model, *_ = built(weights="equal", warmup_steps=10)
   for step, early in ((0, 0.0), (5, 0.5), (10, 1.0), (50, 1.0)):
     np.testing.assert_allclose(early_exit.weights_at(model, jnp.int32(step)), [early, early, 1.0])
-
-
-def test_at_random_as_many_leave_wherever_they_are():
-  model, params, batch = built(exit=Exiting(thresholds=(0.22, 0.4)))
-  batch = tiny.packed_batch(CONFIG, rows=16, length=40)
-  number = len(METHOD.submodels(model))
-  run = lambda model, index: jax.jit(lambda p: METHOD.forward(model, p, batch, np.int32(index)))(params)
-  realised = [run(model, index).aux for index in range(number)]
-  chance, indices = METHOD.at_random(model, realised)
-  assert [index is None for index in indices] == ["threshold" not in s.name for s in METHOD.submodels(model)]
-  for index, twin in enumerate(indices):
-    if twin is None:
-      continue
-    found = run(chance, twin)
-    for name, (some, everyone) in realised[index].items():
-      if name.startswith("ran/"):
-        assert abs(float(found.aux[name][0]) - float(some)) < 0.15 * float(everyone), name
-    assert not np.allclose(found.logits, run(model, index).logits)
-
-
-def test_where_nothing_is_decided_there_is_no_chance():
-  model, *_ = built(exit=Exiting(thresholds=()))
-  assert METHOD.at_random(model, [{}] * 3) is None

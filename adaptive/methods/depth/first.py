@@ -21,6 +21,7 @@ Departures, with reasons:
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Literal
 
 import flax.linen as nn
@@ -33,10 +34,9 @@ from adaptive.backbone import decoding
 from adaptive.backbone.layers import param
 from adaptive.backbone.transformer import Transformer
 from adaptive.config import ModelConfig, require, require_range
-from adaptive.depth import prompt_plan
+from adaptive.depth import chance, prompt_plan
 from adaptive.methods.contract import Batch, Decoder, Metrics, Output, Params, SubModel, check_index
 from adaptive.methods.defaults import (
-  at_random,
   batch_parts,
   control,
   diagnose,
@@ -102,9 +102,15 @@ class Routers(nn.Module):
 
 
 class FiRST(Transformer):
-  """The backbone's parameters, and `routers` of all layers but the first and the last."""
+  """The backbone's parameters, and `routers` of all layers but the first and the last.
+
+  Attributes:
+    chance: of a baseline: for every sub-model the share of the documents that run each routed layer after their
+      prompts, whichever they are.
+  """
 
   method: Config = Config()
+  chance: tuple[tuple[float, ...], ...] = ()
 
   def setup(self):
     super().setup()
@@ -181,8 +187,20 @@ def forward(model: FiRST, params: Params, batch: Batch, index: int | jax.Array) 
   if isinstance(index, int) and index == len(thresholds) - 1:
     return Output(Transformer(model.config).apply({"params": backbone(params)}, batch), {})
   threshold = jnp.asarray(thresholds, jnp.float32)[index]
-  logits, gates = prompt_plan.one_shot(model, params, batch, plans(model, threshold))
-  return Output(logits, prompt_plan.realised(gates > 0, batch["segment_ids"] > 0))
+  made = plans(model, threshold)
+  rates = jnp.asarray(model.chance)[index] if model.chance else None
+  logits, gates = prompt_plan.one_shot(model, params, batch, made, rates=rates)
+  return Output(logits, prompt_plan.realised(gates > 0, batch["segment_ids"] > 0, made.prompt(batch["positions"])))
+
+
+def at_random(model: FiRST, realised: Sequence[Metrics]) -> tuple[FiRST, Sequence[int | None]] | None:
+  """As many documents run each layer after their prompts, whichever they are."""
+  rates = []
+  for one in realised:
+    prompts = chance.share(one["prompt"])
+    ran = [chance.share(one[f"ran/{layer}"]) for layer in range(1, model.routed + 1)]
+    rates.append(tuple((share - prompts) / (1 - prompts) if prompts < 1 else 1.0 for share in ran))
+  return (model.clone(chance=tuple(rates)), [*range(len(rates) - 1), None]) if len(rates) > 1 else None
 
 
 def router_flops(model: FiRST) -> float:

@@ -15,14 +15,16 @@ Departures from the paper, and what it leaves open, with reasons:
 - other gates than the score itself, chunks, and a bound on the tokens that pass (`capacity_scales`) are additions.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
+import jax.numpy as jnp
 
 from adaptive import losses
 from adaptive.config import ModelConfig
+from adaptive.depth import chance
 from adaptive.methods.contract import Batch, Decoder, Metrics, Output, Params, SubModel, pick
-from adaptive.methods.defaults import at_random, batch_parts, control, init_from, ladder, static_choice, ticker
+from adaptive.methods.defaults import batch_parts, control, init_from, ladder, static_choice, ticker
 from adaptive.methods.depth.mixture_of_depths import decode
 from adaptive.methods.depth.mixture_of_depths.accounting import cost, update_flops
 from adaptive.methods.depth.mixture_of_depths.config import Config
@@ -78,8 +80,19 @@ def loss(model: MixtureOfDepths, params: Params, batch: Batch, choice, key, step
 def forward(model: MixtureOfDepths, params: Params, batch: Batch, index: int | jax.Array) -> Output:
   """Logits under the causal rule. All tokens are computed, what does not pass is masked."""
   rule = pick([rule_of(submodel) for submodel in submodels(model)], index)
-  logits, keeps = causal_logits(model, params, batch, rule)
+  rates = jnp.asarray(model.chance)[index] if model.chance else None
+  logits, keeps = causal_logits(model, params, batch, rule, rates)
   return Output(logits, realised(model, keeps, batch["segment_ids"] > 0))
+
+
+def at_random(
+  model: MixtureOfDepths, realised: Sequence[Metrics]
+) -> tuple[MixtureOfDepths, Sequence[int | None]] | None:
+  """As many tokens pass every routed layer, whichever they are, and weigh by their scores as ever."""
+  if model.method.capacity == 1:
+    return None
+  rates = tuple(tuple(chance.share(one[f"capacity/{layer}"]) for layer in model.routed) for one in realised)
+  return model.clone(chance=rates), range(len(rates))
 
 
 def learning_rates(model: MixtureOfDepths) -> Mapping[str, float]:

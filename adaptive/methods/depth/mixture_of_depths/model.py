@@ -16,11 +16,12 @@ import jax.numpy as jnp
 from adaptive import losses, routing
 from adaptive.backbone.attention import Context
 from adaptive.backbone.transformer import REMAT_POLICIES, Block, Transformer
-from adaptive.depth import visits
+from adaptive.depth import chance, visits
 from adaptive.methods.contract import Batch, Metrics, Params
 from adaptive.methods.depth.mixture_of_depths.config import Config
 
 ROUTERS = ("routers", "predictors")
+CHANCE = "chance"  # what is scanned along with the routers where chance decides
 
 
 class Rule(NamedTuple):
@@ -39,9 +40,13 @@ class MixtureOfDepths(Transformer):
   """Parameters: the backbone's; `routers`, and `predictors` where there are, stacked over the routed layers.
 
   Called on a batch it computes the logits of the full model under the causal rule.
+
+  Attributes:
+    chance: of a baseline: for every sub-model the share of the tokens that pass each routed layer, whichever they are.
   """
 
   method: Config = Config()
+  chance: tuple[tuple[float, ...], ...] = ()
 
   @property
   def routed(self) -> tuple[int, ...]:
@@ -98,7 +103,7 @@ def run_layers(model: nn.Module, params: Params, x: jax.Array, context: Context,
     return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *found)
 
   by_group = lambda tree: jax.tree.map(lambda leaf: leaf.reshape(groups, -1, *leaf.shape[1:]), tree)
-  routers = {name: params[name] for name in ROUTERS if name in params}
+  routers = {name: params[name] for name in (*ROUTERS, CHANCE) if name in params}
   x, found = jax.lax.scan(group, x, (by_group(params["layers"]), by_group(routers)), unroll=unroll)
   return x, jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), found)
 
@@ -179,14 +184,24 @@ def decide(
     Scores that weigh [b, t]; who passes, bool [b, t]; and the count after them.
   """
   scores, decisions = scores_of(config, routers, x)
+  if CHANCE in routers:
+    rate, layer = routers[CHANCE]
+    return scores, real & (chance.noise(chance.everywhere(positions), layer[0]) < rate[0]), count
   want, share = real & wants(config, decisions, rule), config.bound(rule.capacity_scale)
   if isinstance(share, float) and share >= 1:
     return scores, want, count
   return scores, *routing.within_budget(want, positions, share, count)
 
 
-def causal_logits(model: nn.Module, params: Params, batch: Batch, rule: Rule) -> tuple[jax.Array, jax.Array]:
-  """Logits under the causal rule, and who passed the routed layers, bool [r, b, t]. All is computed, and masked."""
+def causal_logits(
+  model: nn.Module, params: Params, batch: Batch, rule: Rule, rates: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+  """Logits under the causal rule, and who passed the routed layers, bool [r, b, t]. All is computed, and masked.
+
+  Args:
+    rates: shares of the tokens, [r], that chance lets pass in place of the rule.
+  """
+  params = params if rates is None else {**params, CHANCE: (rates, jnp.arange(len(model.routed)))}
   config, nobody = model.method, jnp.zeros((batch["inputs"].shape[0],), jnp.int32)
   positions, real = batch["positions"], batch["segment_ids"] > 0
   x, context = model.apply({"params": params}, batch, method="embed")

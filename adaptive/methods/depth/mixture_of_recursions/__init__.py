@@ -17,15 +17,18 @@ Departures from the paper and its released code, with reasons:
 - matrices that write to the residual stream are initialised by the unrolled depth, as everywhere in this project.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 
 import jax
+import jax.numpy as jnp
 
 from adaptive import losses, recursion
 from adaptive.config import ModelConfig, require
+from adaptive.depth import chance
 from adaptive.depth.ladder import Ladder
 from adaptive.methods.contract import Batch, Decoder, Metrics, Output, Params, SubModel, Ticker, pick
-from adaptive.methods.defaults import at_random, batch_parts
+from adaptive.methods.defaults import batch_parts
 from adaptive.methods.depth.mixture_of_recursions import causal, decode, ticks, token_choice
 from adaptive.methods.depth.mixture_of_recursions import drafts as drafting
 from adaptive.methods.depth.mixture_of_recursions.accounting import cost, update_flops
@@ -86,9 +89,25 @@ def loss(model: MixtureOfRecursions, params: Params, batch: Batch, choice, key, 
 
 def forward(model: MixtureOfRecursions, params: Params, batch: Batch, index: int | jax.Array) -> Output:
   """Logits under the causal rule. All tokens are computed, what is not kept is masked."""
-  rule = pick([rule_of(submodel) for submodel in submodels(model)], index)
-  logits, keeps = causal_logits(model, params, batch, rule)
+  choose, rule = None, pick([rule_of(submodel) for submodel in submodels(model)], index)
+  if model.chance:
+    choose = causal.by_chance(jnp.asarray(model.chance)[index])
+    rule = Rule(model.method.num_recursions)
+  logits, keeps = causal_logits(model, params, batch, rule, choose)
   return Output(logits, causal.realised(model, keeps, batch["segment_ids"] > 0))
+
+
+def at_random(
+  model: MixtureOfRecursions, realised: Sequence[Metrics]
+) -> tuple[MixtureOfRecursions, Sequence[int | None]] | None:
+  """As many candidates pass every recursion, whichever they are; expert choice only."""
+  if not model.method.expert_choice:
+    return None
+  kept = [[chance.share(one[f"capacity/{r + 1}"]) for r in range(model.method.num_recursions)] for one in realised]
+  rates = tuple(tuple(b / a if a else 0.0 for a, b in itertools.pairwise((1.0, *shares))) for shares in kept)
+  decides = [any(0 < rate < 1 for rate in row) for row in rates]
+  indices = [index if decided else None for index, decided in enumerate(decides)]
+  return (model.clone(chance=rates), indices) if any(decides) else None
 
 
 def control(model: MixtureOfRecursions, params: Params, metrics: Metrics) -> Params:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from adaptive import routing
+from adaptive.depth import chance
 from adaptive.methods.contract import Metrics, Params
 from adaptive.methods.depth.mixture_of_recursions import token_choice
 from adaptive.methods.depth.mixture_of_recursions.blocks import Block, gate
@@ -168,6 +169,11 @@ def top_k(capacities: tuple[int, ...], chunks: int = 1) -> Choose:
     return routing.at(index, scores.shape[1]) & candidates
 
   return choose
+
+
+def by_chance(rates: jax.Array) -> Choose:
+  """Lets a share [r] of the candidates pass each recursion, whichever they are."""
+  return lambda which, scores, candidates: chance.noise(chance.everywhere(candidates), which) < rates[which]
 
 
 def realised(model: nn.Module, keeps: list[jax.Array], real: jax.Array) -> Metrics:

@@ -18,9 +18,13 @@ class MixtureOfRecursions(Transformer):
   """Parameters: `embedding`, `layers` (unique ones, stacked), `final_norm`, `router` and `aux_router` where there are.
 
   Called on a batch it computes the logits of the full model under the causal rule.
+
+  Attributes:
+    chance: of a baseline: for every sub-model the share of the candidates that pass each recursion, whichever they are.
   """
 
   method: Config = Config()
+  chance: tuple[tuple[float, ...], ...] = ()
 
   @property
   def sharing(self) -> recursion.Sharing:
