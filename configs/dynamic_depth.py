@@ -3,15 +3,19 @@
 python train.py --config=configs/dynamic_depth.py:early_exit --workdir=runs/early_exit
 python eval.py --workdir=runs/early_exit
 
-On the source code of Python's standard library, byte by byte. `:layer_skip` is LayerSkip, `:dense` the plain network;
-`:dense,8` has 8 layers: a shallower network is what any of these must beat. `:deep` has 24 narrower layers, for
-self-speculative decoding.
+On the source code of Python's standard library, byte by byte. `:layer_skip` is LayerSkip; `:jei_dnn` and `:sec` learn
+where to leave, by gates and by a controller, at the exits of `:early_exit`. `:dense` is the plain network; `:dense,8`
+has 8 layers: a shallower network is what any of these must beat. `:deep` has 24 narrower layers, for self-speculative
+decoding.
 """
 
 from adaptive import methods
 
+EXITS = (1, 2, 3, 4, 6, 8, 12)
 VARIANTS = {
-  "early_exit": dict(exits=(1, 2, 3, 4, 6, 8, 12)),
+  "early_exit": dict(exits=EXITS),
+  "jei_dnn": dict(exits=EXITS, warmup_steps=300, phase_steps=20, gate_rate=10.0),
+  "sec": dict(exits=EXITS),
   "layer_skip": dict(dropout=0.1, exit_scale=1.0, rotation=4),
   "dense": {},
 }
@@ -30,5 +34,7 @@ def get_config(variant="early_exit"):
   config.data.update(seq_len=256, batch_size=12)
   config.training.update(steps=600, checkpoint_every=100)
   config.training.optimizer.update(name="muon", warmup_steps=60)
+  if name == "jei_dnn":  # while gates learn, momentum must not move the heads, nor the other way round
+    config.training.optimizer.inactive = "freeze"
   config.evaluation.update(rows=128)
   return config

@@ -13,6 +13,7 @@ FILES = sorted(pathlib.Path(__file__).parent.parent.glob("configs/*.py"))
 ARGUMENTS = {
   "dense_demo": ["full", "small"],
   "dense_lm": ["135m", "1.7b"],
+  "dynamic_depth": ["early_exit", "jei_dnn", "sec"],
   "isoflop_demo": runpy.run_path(str(FILES[0].parent / "isoflop_demo.py"))["VARIANTS"],
   "mixture_of_recursions_demo": ["mor", "recursive", "dense"],
   "mixture_of_recursions_lm": ["135m,2", "360m,4", "1.7b,3"],
