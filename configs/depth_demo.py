@@ -17,7 +17,7 @@ VARIANTS = {
   "early_exit": ("early_exit", dict(exits=EXITS)),
   "mue": ("early_exit", dict(exits=tuple(range(1, 8)), weights="equal", exit=MUE)),
   "layer_skip": ("layer_skip", dict(exit_scale=1.0, rotation=4)),
-  "jei_dnn": ("jei_dnn", dict(exits=EXITS, warmup_steps=100, phase_steps=25)),
+  "jei_dnn": ("jei_dnn", dict(exits=EXITS, warmup_steps=150, phase_steps=15, gate_rate=10.0)),
   "sec": ("sec", dict(exits=EXITS)),
   "unified_skip": ("unified_skip", dict(speedups=(1.2, 1.6, 2.0, 2.6))),  # 6, 5, 4 and 3 layers
   "first": ("first", dict(prompt_tokens=32, target=0.6, thresholds=(0.3, 0.4, 0.5, 0.6, 0.7))),
@@ -37,5 +37,7 @@ def get_config(variant="early_exit"):
   config.data.update(seq_len=256, batch_size=12)
   config.training.update(steps=300, checkpoint_every=100)
   config.training.optimizer.update(name="muon", warmup_steps=40)
+  if method == "jei_dnn":  # while gates learn, momentum must not move the heads, nor the other way round
+    config.training.optimizer.inactive = "freeze"
   config.evaluation.update(rows=128)
   return config
