@@ -23,7 +23,7 @@ VARIANTS = {
   "first": ("first", dict(prompt_tokens=32, target=0.6, thresholds=(0.3, 0.4, 0.5, 0.6, 0.7))),
   "mixture_of_depths": (
     "mixture_of_depths",
-    dict(capacity=0.25, score_shifts=(-1.0, -0.5, 0.5, 1.0), capacity_scales=(0.75, 0.5, 0.25)),
+    dict(capacity=0.25, gate="sigmoid", score_shifts=(-1.0, -0.5, 0.5, 1.0), capacity_scales=(0.75, 0.5, 0.25)),
   ),
 }
 
