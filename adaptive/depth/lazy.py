@@ -47,7 +47,7 @@ def decoder(exits: parts.Exits, params: Params, rule: parts.Rule, wait: int) -> 
     wait: tokens of a row that may wait. A step computes as many more at every layer that it runs.
   """
   config, full = exits.config, exits.depths[-1]
-  params = decoding.unstacked(config, params)
+  params = exits.unstacked(params)
 
   def empty_cache(batch_size: int, slots: int) -> Cache:
     return Cache(

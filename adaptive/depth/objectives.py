@@ -21,10 +21,16 @@ def exit_losses(head: Callable, heads: Params, hidden: jax.Array, batch: Batch) 
       exits share one head. hidden: residual stream at the exits, [e, b, t, d].
   """
   mask = batch["segment_ids"] > 0
+  each = token_losses(head, heads, hidden, batch["targets"])
+  return jnp.sum(each * mask, axis=(1, 2)), jnp.full(len(each), jnp.sum(mask, dtype=jnp.float32))
+
+
+def token_losses(head: Callable, heads: Params, hidden: jax.Array, targets: jax.Array) -> jax.Array:
+  """Next-token cross entropy of each token at every exit, float32 [e, b, t]; as in `exit_losses`."""
 
   @jax.checkpoint
   def exit_loss(inputs):
-    return losses.cross_entropy(head(*inputs), batch["targets"], mask)
+    return losses.token_losses(head(*inputs), targets)
 
   return jax.lax.map(exit_loss, (heads, hidden))
 

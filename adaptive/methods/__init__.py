@@ -12,7 +12,7 @@ from adaptive import config as configs
 from adaptive import config_dict
 from adaptive.methods import dense
 from adaptive.methods.contract import Method
-from adaptive.methods.depth import early_exit, layer_skip, mixture_of_recursions, recursive
+from adaptive.methods.depth import early_exit, layer_skip, mixture_of_recursions, ponder, recurrent_depth, recursive
 from adaptive.methods.width import sorted_net
 
 METHODS: dict[str, Method] = {
@@ -20,6 +20,8 @@ METHODS: dict[str, Method] = {
   "early_exit": early_exit,
   "layer_skip": layer_skip,
   "mixture_of_recursions": mixture_of_recursions,
+  "ponder": ponder,
+  "recurrent_depth": recurrent_depth,
   "recursive": recursive,
   "sorted_net": sorted_net,
 }
