@@ -80,11 +80,10 @@ class _Token:
         page[self.t] = self.newest_of[layer]
 
   def climb(self, x):
-    model = self.model
+    model, before, memory = self.model, (x, None), 0.0
     for layer in range(model.prelude):
       x = self.visit(layer, 0, x)
-    e, embedded = x, x
-    s, before, memory = model.start(e, self.positions[self.t]), (embedded, None), 0.0
+    e, s = x, model.start(x, self.positions[self.t])
     states, memories, halted = [], [], False
     for number in range(model.passes):
       x = model.enter(s, e)

@@ -153,6 +153,7 @@ def build(model_config: ModelConfig, config: Config) -> RecurrentDepth:
     f"model.num_layers={depth} is not method.prelude + method.core * method.num_recursions = {config.prelude} + "
     f"{config.core} * {config.num_recursions}; nearest: {wanted}",
   )
+  exiting.check(model_config, config.exit, config.looped.depths, repeats=True)  # refuses what cannot be
   return RecurrentDepth(model_config, method=config)
 
 
