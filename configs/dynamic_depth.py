@@ -5,7 +5,8 @@ python eval.py --workdir=runs/early_exit
 
 On the source code of Python's standard library, byte by byte. `:layer_skip` is LayerSkip, `:dense` the plain network;
 `:dense,8` has 8 layers: a shallower network is what any of these must beat. `:deep` has 24 narrower layers, for
-self-speculative decoding.
+self-speculative decoding. A shared block of 4 layers makes 4 passes in `:ponder` (PonderNet) and `:act` (adaptive
+computation time); `:recurrent_depth` has 2 layers and then up to 7 passes of 2.
 """
 
 from adaptive import methods
@@ -13,15 +14,19 @@ from adaptive import methods
 VARIANTS = {
   "early_exit": dict(exits=(1, 2, 3, 4, 6, 8, 12)),
   "layer_skip": dict(dropout=0.1, exit_scale=1.0, rotation=4),
+  "ponder": dict(num_recursions=4),
+  "act": dict(halting="act", num_recursions=4),
+  "recurrent_depth": dict(prelude=2, core=2, num_recursions=7, mean_recursions=4.0, backprop=4),
   "dense": {},
 }
+METHODS = {"deep": "early_exit", "act": "ponder"}  # the others have their method's name
 DEEP = dict(exits=(1, 2, 3, 4, 6, 8, 12, 18), weights="equal")
 
 
 def get_config(variant="early_exit"):
   name, _, layers = variant.partition(",")
   deep = name == "deep"
-  config = methods.default_config("early_exit" if deep else name)
+  config = methods.default_config(METHODS.get(name, name))
   layers = 24 if deep else int(layers or 16)
   config.model.update(num_layers=layers, d_model=192, d_ff=512, num_heads=6, num_kv_heads=2, scan_unroll=layers)
   if deep:

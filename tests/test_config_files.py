@@ -10,10 +10,12 @@ from adaptive.methods import parse_config
 from adaptive.training.run import plan
 
 FILES = sorted(pathlib.Path(__file__).parent.parent.glob("configs/*.py"))
+VARIANTS = lambda name: runpy.run_path(str(FILES[0].parent / name))["VARIANTS"]
 ARGUMENTS = {
   "dense_demo": ["full", "small"],
   "dense_lm": ["135m", "1.7b"],
-  "isoflop_demo": runpy.run_path(str(FILES[0].parent / "isoflop_demo.py"))["VARIANTS"],
+  "dynamic_depth": [*VARIANTS("dynamic_depth.py"), "dense,8", "deep"],
+  "isoflop_demo": VARIANTS("isoflop_demo.py"),
   "mixture_of_recursions_demo": ["mor", "recursive", "dense"],
   "mixture_of_recursions_lm": ["135m,2", "360m,4", "1.7b,3"],
   "sorted_net_lm": ["360m"],

@@ -18,6 +18,8 @@ METHOD = {
   "early_exit": {"exits": (1,)},
   "layer_skip": {"rotation": 1},
   "sorted_net": {"depths": (1, 2), "d_ff": (16, 32)},
+  "ponder": {"num_recursions": 2},
+  "recurrent_depth": {"prelude": 0, "core": 1, "num_recursions": 2},
   "recursive": {"num_recursions": 2, "sharing": "cycle"},
   "mixture_of_recursions": {"num_recursions": 2, "sharing": "cycle", "capacity_scales": (0.5,)},
 }

@@ -22,7 +22,7 @@ def exit_losses(head: Callable, heads: Params, hidden: jax.Array, batch: Batch) 
   """
   mask = batch["segment_ids"] > 0
   each = token_losses(head, heads, hidden, batch["targets"])
-  return jnp.sum(each * mask, axis=(1, 2)), jnp.full(len(each), jnp.sum(mask, dtype=jnp.float32))
+  return jnp.sum(each * mask[None], axis=(1, 2)), jnp.full(len(each), jnp.sum(mask, dtype=jnp.float32))
 
 
 def token_losses(head: Callable, heads: Params, hidden: jax.Array, targets: jax.Array) -> jax.Array:

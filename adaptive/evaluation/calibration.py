@@ -54,5 +54,6 @@ def exit_costs(exits: Exits, seq_len: int) -> np.ndarray:
   loop, found = exits.loop.flops if exits.loop else 0.0, []
   for which, depth in enumerate(exits.depths):
     heads, asked = which + 1 if exits.reads_logits else 1, min(which + 1, len(exits.depths) - 1)
-    found.append(depth * layer + (full - depth) * above + heads * head + asked * learned + (which + 1) * loop)
+    entered = len(exits.depths) if exits.how.kv == "project" else which + 1
+    found.append(depth * layer + (full - depth) * above + heads * head + asked * learned + entered * loop)
   return np.array(found)

@@ -43,7 +43,7 @@ def forward(model: nn.Module, params: Params, batch: Batch, index: int | jax.Arr
   found = extract(model, params, submodels(model)[index]) if isinstance(index, int) else None
   if found is not None:
     config, small = found
-    return Output(Transformer(config).apply({"params": small}, batch), {})
+    return Output(Transformer(config, parent=None).apply({"params": small}, batch), {})  # also from within a module
   exits = parts.up_to(model.exits, rules[index]) if isinstance(index, int) else model.exits
   return Output(*parts.one_shot(exits, params, batch, parts.choose(rules, index)))
 

@@ -22,6 +22,8 @@ SETTINGS = {
   "layer_skip": {},
   "sorted_net": dict(depths=(1, 2, 4)),
   "recursive": dict(num_recursions=2, sharing="middle_cycle"),
+  "ponder": dict(num_recursions=2),
+  "recurrent_depth": dict(prelude=1, core=1, num_recursions=3),
 }
 
 
@@ -59,6 +61,9 @@ DRAFTS = [
   ("layer_skip", 2),
   ("sorted_net", 1),
   ("recursive", 0),
+  ("ponder", 0),
+  ("recurrent_depth", 0),
+  ("recurrent_depth", 1),
 ]
 
 

@@ -316,7 +316,7 @@ def test_the_halting_unit_stays_in_float32_where_the_rest_is_cast():
 
 
 def test_costs_count_the_passes_that_were_made_and_the_units_that_were_asked():
-  model, params, run = built()
+  model, _, run = built()
   realised = run("threshold=0.7", tiny.one_document(CONFIG)).aux
   by_name = {submodel.name: submodel for submodel in METHOD.submodels(model)}
   cost = lambda name, aux: METHOD.cost(model, by_name[name], 8, aux).flops_per_token

@@ -100,12 +100,11 @@ def test_fixed_passes_are_the_slow_ones_and_a_threshold_that_none_meets_is_all_o
   model, params, run = built()
   batch = tiny.packed_batch(CONFIG, length=8)
   real = np.asarray(batch["segment_ids"]) > 0
-  for passes in (1, 3, 4):
+  for passes in (1, 4):
     want, _ = slow(model, params, batch, "project", "stability", np.inf, passes)
     found = run(f"recursions={passes}", batch).logits
     np.testing.assert_allclose(np.asarray(found)[real], want[real], rtol=3e-5, atol=3e-5)
   np.testing.assert_array_equal(found, run("threshold=1.0", batch).logits)
-  np.testing.assert_allclose(model.apply({"params": params}, batch), found, rtol=1e-5, atol=1e-5)
 
 
 def test_fewer_passes_are_cut_out_of_the_program():
@@ -166,7 +165,7 @@ def gradients(backprop, passes):
   return jax.jit(jax.value_and_grad(loss))(params), jax.jit(hand)(params, copies)
 
 
-@pytest.mark.parametrize(("backprop", "passes"), [(2, 4), (1, 3), (4, 3)])
+@pytest.mark.parametrize(("backprop", "passes"), [(1, 3), (2, 3), (8, 2)])
 def test_the_gradient_goes_through_the_last_passes_only(backprop, passes):
   (value, found), (want_value, (rest, cores)) = gradients(backprop, passes)
   assert float(value) == pytest.approx(float(want_value), rel=1e-5)
@@ -235,7 +234,9 @@ def test_no_number_of_passes_lets_the_state_grow():
   model, params, _ = built()
   state = 1e4 * jax.random.normal(jax.random.key(0), (1, 3, CONFIG.d_model))
   begun = model.exits.loop.enter(params, state, 1e-2 * state)
-  np.testing.assert_allclose(np.linalg.norm(np.asarray(begun) / np.asarray(params["core_norm"]["scale"]), axis=-1), 4.0, rtol=1e-3)
+  np.testing.assert_allclose(
+    np.linalg.norm(np.asarray(begun) / np.asarray(params["core_norm"]["scale"]), axis=-1), 4.0, rtol=1e-3
+  )
 
 
 def test_what_is_trained_does_not_depend_on_how_the_model_leaves():
@@ -250,7 +251,7 @@ def test_what_is_trained_does_not_depend_on_how_the_model_leaves():
 
 
 def test_costs_count_adapters_and_heads_and_an_update_goes_back_through_the_last_passes():
-  model, params, run = built(backprop=2)
+  model, _, run = built(backprop=2)
   realised = run("threshold=0.75", tiny.one_document(CONFIG)).aux
   by_name = {submodel.name: (i, submodel) for i, submodel in enumerate(METHOD.submodels(model))}
   cost = lambda name, aux: METHOD.cost(model, by_name[name][1], 8, aux).flops_per_token

@@ -27,6 +27,10 @@ CASES = {
   "own_exits": ("early_exit", dict(exits=(1, 2), heads="own")),
   "layer_skip": ("layer_skip", dict(dropout=0.0, curriculum="none")),
   "recursive": ("recursive", dict(num_recursions=3, sharing="cycle")),
+  "pondernet": ("ponder", dict(num_recursions=3)),
+  "act": ("ponder", dict(num_recursions=2, prelude=1, halting="act")),
+  "recurrent": ("recurrent_depth", dict(prelude=1, core=1, num_recursions=2, mean_recursions=9.0, backprop=2)),
+  "truncated": ("recurrent_depth", dict(prelude=0, core=1, num_recursions=3, mean_recursions=9.0, backprop=1)),
   "fewer": ("recursive", dict(num_recursions=3, sharing="sequence", train_fewer=True)),
 }  # fmt: skip
 
@@ -77,7 +81,7 @@ def test_the_products_of_a_traced_update_are_those_counted(name):
   # The program computes the whole square of scores: as many keys as positions, which 2 * LENGTH - 1 stands for.
   counted = method.update_flops(model, choice, 2 * LENGTH - 1)
   # Each exit's logits are computed again in the backward pass, which saves memory and is no work of the model's.
-  exits = {"multi_exit": 3, "exits": 3, "own_exits": 3, "layer_skip": 3}.get(name, 0)
+  exits = {"multi_exit": 3, "exits": 3, "own_exits": 3, "layer_skip": 3, "pondernet": 3}.get(name, 0)
   again = costs.head_flops(MODEL) * exits
   found = products(jax.make_jaxpr(program)(params, batch).jaxpr)
   assert found == pytest.approx((counted + again) * ROWS * LENGTH, rel=1e-6)

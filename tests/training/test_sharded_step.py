@@ -30,6 +30,9 @@ CASES = {
   "exits": ("early_exit", dict(exits=(1,), heads="own")),
   "layer_skip": ("layer_skip", dict(dropout=0.5, rotation=2)),
   "recursive": ("recursive", dict(num_recursions=2, sharing="cycle")),
+  "ponder": ("ponder", dict(num_recursions=2)),
+  "act": ("ponder", dict(num_recursions=2, halting="act")),
+  "recurrent_depth": ("recurrent_depth", dict(prelude=0, core=1, num_recursions=2)),
   "recursions": ("mixture_of_recursions", dict(num_recursions=2, sharing="cycle", kv_cache="shared")),
   "one": ("sorted_net", dict(**SIZES, executor="static", num_sampled=1)),
 }

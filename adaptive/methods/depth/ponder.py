@@ -32,7 +32,7 @@ from adaptive.backbone.transformer import Transformer
 from adaptive.config import ModelConfig, require, require_range
 from adaptive.depth import exits as exiting
 from adaptive.depth import objectives
-from adaptive.depth.signals import Seen, Signal
+from adaptive.depth.signals import Signal
 from adaptive.methods.contract import Batch, Metrics, Params
 from adaptive.methods.defaults import batch_parts, control, diagnose, learning_rates, static_choice, ticker
 from adaptive.methods.exiting import cost, decoder, extract, forward, ladder, sample, submodels
@@ -41,6 +41,9 @@ __all__ = [
   "Config", "batch_parts", "build", "control", "cost", "decoder", "diagnose", "extract", "forward", "init_from",
   "ladder", "learning_rates", "loss", "sample", "static_choice", "submodels", "ticker", "update_flops",
 ]  # fmt: skip
+
+
+HALTED = exiting.Exiting(signal="learned", thresholds=(0.5, 0.9, 0.99))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +72,7 @@ class Config:
   kl_weight: float = 0.01
   epsilon: float = 0.01
   ponder_cost: float = 0.01
-  exit: exiting.Exiting = exiting.Exiting(signal="learned", thresholds=(0.5, 0.9, 0.99))
+  exit: exiting.Exiting = HALTED
 
   def __post_init__(self):
     require_range(self, "method.", "num_recursions", 2)

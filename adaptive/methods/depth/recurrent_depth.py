@@ -39,6 +39,9 @@ __all__ = [
 ]  # fmt: skip
 
 
+STABLE = exiting.Exiting(signal="stability", thresholds=(0.95, 0.99, 0.9995))
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
   """Settings of recurrent depth.
@@ -60,7 +63,7 @@ class Config:
   sigma: float = 0.5
   backprop: int = 8
   state_std: float = math.sqrt(2 / 5)
-  exit: exiting.Exiting = exiting.Exiting(signal="stability", thresholds=(0.95, 0.99, 0.9995))
+  exit: exiting.Exiting = STABLE
 
   def __post_init__(self):
     require_range(self, "method.", "core num_recursions backprop", 1)
