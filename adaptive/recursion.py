@@ -73,6 +73,44 @@ class Sharing:
     return tuple(int(layer) for layer in inner)
 
 
+@dataclasses.dataclass(frozen=True)
+class Looped:
+  """Layers with weights of their own, then a shared block that runs several times in turn, and nothing after it.
+
+  Attributes:
+    prelude: layers before the loop. block_size: layers of the shared block. num_recursions: how often it runs.
+  """
+
+  prelude: int
+  block_size: int
+  num_recursions: int
+
+  @property
+  def unique(self) -> int:
+    """Layers with weights of their own."""
+    return self.prelude + self.block_size
+
+  @property
+  def layer_path(self) -> tuple[int, ...]:
+    """The unique layer of each unrolled layer."""
+    return (*range(self.prelude), *tuple(range(self.prelude, self.unique)) * self.num_recursions)
+
+  @property
+  def depths(self) -> tuple[int, ...]:
+    """Unrolled layers that have run after each pass."""
+    return tuple(self.prelude + (1 + r) * self.block_size for r in range(self.num_recursions))
+
+  def passes(self, depth: int) -> int:
+    """Made after so many unrolled layers."""
+    return (depth - self.prelude) // self.block_size
+
+  def tie(self, layers: Params, how: "Initialisation", seed: int = 0) -> Params:
+    """As `tie` below: the first layers stay as they are."""
+    sharing = Sharing("cycle", self.num_recursions * self.block_size, self.num_recursions)
+    shared = tie(sharing, jax.tree.map(lambda leaf: leaf[self.prelude :], layers), how, seed)
+    return jax.tree.map(lambda leaf, rest: jnp.concatenate([leaf[: self.prelude], rest]), layers, shared)
+
+
 def sources(sharing: Sharing, how: Initialisation, seed: int = 0) -> tuple[tuple[int, ...], ...]:
   """For each unique layer, the layers of an unshared model of the same depth whose mean initialises it."""
   depth, size, ends = sharing.num_layers, sharing.block_size, int(sharing.middle)

@@ -4,8 +4,9 @@ python train.py --config=configs/depth_demo.py:early_exit --workdir=runs/early_e
 python eval.py --compare runs/early_exit runs/layer_skip
 
 On the source code of Python's standard library, byte by byte. Eight layers, as in `mixture_of_recursions_demo.py`.
-`:mue` is MuE, which is early exit with other settings. `:dense` is the plain network and `:dense,4` one of four layers:
-shallower networks are what any of these has to beat.
+`:mue` is MuE, which is early exit with other settings. A shared block of 2 layers makes 4 passes in `:ponder` and
+`:act`, and up to 3 after 2 layers of their own in `:recurrent_depth`. `:dense` is the plain network and `:dense,4` one
+of four layers: shallower networks are what any of these has to beat.
 """
 
 from adaptive import methods
@@ -19,6 +20,12 @@ VARIANTS = {
   "layer_skip": ("layer_skip", dict(exit_scale=1.0, rotation=4)),
   "jei_dnn": ("jei_dnn", dict(exits=EXITS, warmup_steps=150, phase_steps=15, gate_rate=10.0)),
   "sec": ("sec", dict(exits=EXITS)),
+  "ponder": ("ponder", dict(num_recursions=4)),
+  "act": ("ponder", dict(halting="act", num_recursions=4, exit=dict(thresholds=(0.99, 0.9, 0.7)))),
+  "recurrent_depth": (
+    "recurrent_depth",
+    dict(prelude=2, core=2, num_recursions=3, mean_recursions=2.0, backprop=2),
+  ),
   "unified_skip": ("unified_skip", dict(speedups=(1.2, 1.6, 2.0, 2.6))),  # 6, 5, 4 and 3 layers
   "first": ("first", dict(prompt_tokens=32, target=0.6, thresholds=(0.3, 0.4, 0.5, 0.6, 0.7))),
   "mixture_of_depths": (

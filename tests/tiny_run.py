@@ -20,6 +20,8 @@ METHOD = {
   "jei_dnn": {"exits": (1,), "warmup_steps": 2, "phase_steps": 2},
   "layer_skip": {"rotation": 1},
   "sorted_net": {"depths": (1, 2), "d_ff": (16, 32)},
+  "ponder": {"num_recursions": 2},
+  "recurrent_depth": {"prelude": 0, "core": 1, "num_recursions": 2},
   "recursive": {"num_recursions": 2, "sharing": "cycle"},
   "mixture_of_depths": {"capacity": 0.5, "capacity_scales": (0.5,)},
   "sec": {"exits": (1,)},

@@ -24,7 +24,7 @@ from adaptive.depth import visits
 from adaptive.depth.signals import SIGNALS, Seen, Signal
 from adaptive.losses import SumCount
 
-KeyValues = Literal["project", "copy", "hole", "exact", "recompute"]
+KeyValues = visits.KeyValues
 _FULL_KEYS = ("exact", "recompute")  # whole rows are then those of the plain model
 SignalName = Literal[
   "max_probability", "margin", "entropy", "stability", "patience", "cosine", "saturation", "random", "learned"
@@ -43,7 +43,8 @@ class Exiting:
       sub-models (what the solver of `adaptive.evaluation.thresholds` finds).
     decay: CALM's lower thresholds for later tokens, threshold * (1 - decay + decay e^(-rate position / decay_length));
       0 is none, the paper takes 0.1. decay_rate: `rate`; 4 in the paper. decay_length: tokens.
-    kv: what later tokens attend to in layers that a token did not run.
+    kv: what later tokens attend to in layers that a token did not run: a rule of `adaptive.depth.visits` (`latest` is
+      for layers that run several times), `exact`, or `recompute`.
     wait: with `exact` and `recompute`, how many tokens of a row may wait below layers that they did not run, see
       `adaptive.depth.lazy`.
   """
@@ -167,13 +168,17 @@ class Exits(NamedTuple):
     return norm_and_matrix(x, own["scale"], own["matrix"], self.config.norm_eps)
 
 
-def check(config: ModelConfig, how: Exiting, trained: Sequence[int], learned: bool = False) -> tuple[int, ...]:
+def check(
+  config: ModelConfig, how: Exiting, trained: Sequence[int], learned: bool = False, repeats: bool = False
+) -> tuple[int, ...]:
   """The depths of all exits, the model's last; ConfigError for those that cannot be.
 
   Args:
     trained: depths at which the model was trained to leave. learned: whether the method trains a signal.
+    repeats: whether layers run several times.
   """
   full = config.num_layers
+  require(how.kv != "latest" or repeats, "method.exit.kv='latest': no layer of this method runs twice, take 'copy'")
   require(how.signal != "learned" or learned, "method.exit.signal='learned': this method trains none")
   depths = how.depths or tuple(trained)
   for name, wanted in (("method.exits", trained), ("method.exit.depths", how.depths)):
@@ -220,6 +225,12 @@ def choose(all_rules: Sequence[Rule], index: int | jax.Array) -> Rule:
     return all_rules[index]
   depths, thresholds = zip(*all_rules)
   return Rule(jnp.asarray(depths)[index], jnp.asarray(thresholds, jnp.float32)[index])
+
+
+def up_to(exits: Exits, rule: Rule) -> Exits:
+  """Without the exits above a fixed depth; of a rule of plain numbers."""
+  kept = tuple(depth for depth in exits.depths if depth <= rule.depth)
+  return exits._replace(depths=kept) if fixed(rule) else exits
 
 
 class Walk(NamedTuple):
@@ -369,7 +380,12 @@ def run_of(exits: Exits, params: Params, positions: jax.Array, span: Span) -> Ru
     if which == 0:
       e, inner = span(start, loop.lead, x, alive, inner) if loop.lead else (x, inner)
       x, start = loop.start(params, e, positions), loop.lead
-    y, inner = span(start, stop, loop.enter(params, x, e), alive, inner)
+    enter = lambda x, e: loop.enter(params, x, e)
+    if exits.how.kv == "project":  # then those that stay away need it too, for their keys
+      y = enter(x, e)
+    else:
+      y = jax.lax.cond(jnp.any(alive), enter, lambda x, e: x, x, e)
+    y, inner = span(start, stop, y, alive, inner)
     return jnp.where(alive[..., None], y, x), (inner, e)
 
   return run
@@ -389,15 +405,18 @@ def one_shot(exits: Exits, params: Params, batch: Batch, rule: Rule) -> tuple[ja
   return logits, found
 
 
-def whole_rows(exits: Exits, params: Params, batch: Batch, kv: visits.Rule) -> tuple[jax.Array, Run, Any]:
+def whole_rows(exits: Exits, params: Params, batch: Batch, kv: KeyValues) -> tuple[jax.Array, Run, Any]:
   """Embedded tokens [b, t, d] of whole rows, what takes them up, and the state with which it begins."""
   x, context = exits.model.apply({"params": params}, batch, method="embed")
 
-  def span(start: int, stop: int, x: jax.Array, alive: jax.Array, last):
-    layers = subnet.pick(params["layers"], exits.layers[start:stop])
-    return visits.one_shot(exits.config, layers, x, context, alive, kv, last)
+  def span(start: int, stop: int, x: jax.Array, alive: jax.Array, books: tuple):
+    for piece, book in visits.sharing_a_book(exits.layers, start, stop, kv):
+      layers = subnet.pick(params["layers"], exits.layers[piece])
+      x, own = visits.one_shot(exits.config, layers, x, context, alive, visits.rule_of(kv), books[book])
+      books = (*books[:book], own, *books[book + 1 :])
+    return x, books
 
-  return x, run_of(exits, params, batch["positions"], span), (visits.nothing(exits.config, x), x)
+  return x, run_of(exits, params, batch["positions"], span), (visits.books(exits.config, x, exits.layers, kv), x)
 
 
 def streams(exits: Exits, params: Params, batch: Batch) -> list[jax.Array]:
@@ -449,11 +468,11 @@ class Cache(NamedTuple):
 
 def decoder(exits: Exits, params: Params, rule: Rule) -> tuple[Params, Callable, Callable]:
   """Parameters, `empty_cache` and `step`, as `adaptive.methods.contract.Decoder` has them."""
-  config, kv = exits.config, exits.how.kv
+  config, kv, rule_of_visits = exits.config, exits.how.kv, visits.rule_of(exits.how.kv)
   params = decoding.unstacked(config, params, exits.kept)
 
   def empty_cache(batch_size: int, slots: int) -> Cache:
-    layers = tuple(visits.empty(config, kv, batch_size, slots) for _ in range(config.num_layers))
+    layers = tuple(visits.empty(config, rule_of_visits, batch_size, slots) for _ in range(exits.depths[-1]))
     return Cache(layers, jnp.zeros((batch_size,), jnp.int32))
 
   def step(params: Params, tokens: jax.Array, counts: jax.Array, cache: Cache):
@@ -463,13 +482,17 @@ def decoder(exits: Exits, params: Params, rule: Rule) -> tuple[Params, Callable,
     real = offsets < counts[:, None]
 
     def span(start: int, stop: int, x: jax.Array, alive: jax.Array, state):
-      (caches, last), layers = state, [params["layers"][layer] for layer in exits.layers[start:stop]]
-      x, after, last = visits.step(config, layers, x, context, alive, kv, caches[start:stop], last)
-      return x, ((*caches[:start], *after, *caches[stop:]), last)
+      caches, books = state
+      for piece, book in visits.sharing_a_book(exits.layers, start, stop, kv):
+        layers = [params["layers"][layer] for layer in exits.layers[piece]]
+        x, after, own = visits.step(config, layers, x, context, alive, rule_of_visits, caches[piece], books[book])
+        caches = (*caches[: piece.start], *after, *caches[piece.stop :])
+        books = (*books[:book], own, *books[book + 1 :])
+      return x, (caches, books)
 
     x = exits.model.apply({"params": params}, tokens, method=lambda m, t: m.embedding.encode(t))
     positions = cache.lengths[:, None] + offsets
-    run, state = run_of(exits, params, positions, span), ((cache.layers, visits.nothing(config, x)), x)
+    run, state = run_of(exits, params, positions, span), ((cache.layers, visits.books(config, x, exits.layers, kv)), x)
     logits, ran, ((layers, _), _) = leave(exits, params, x, positions, real, rule, run, state)
     logits = decoding.last_of(logits, counts)[:, 0]
     return logits, Cache(layers, cache.lengths + counts), realised(exits, ran, real)
@@ -494,7 +517,8 @@ def cost(exits: Exits, rule: Rule, seq_len: int, realised: Mapping[str, SumCount
   dense = costs.with_params(dense, added - repeated(exits, rule.depth) * costs.layer_params(config))
   loop = exits.loop.flops if exits.loop else 0.0
   if fixed(rule):  # stands alone, without the layers above the dial's depth
-    return dataclasses.replace(dense, flops_per_token=dense.flops_per_token + passes * loop)
+    weighed = exits.learned_flops * (passes - 1) if exits.signal({}, 0).averages else 0.0
+    return dataclasses.replace(dense, flops_per_token=dense.flops_per_token + passes * loop + weighed)
   ran = [realised[f"ran/{depth}"] if realised else (1.0, 1.0) for depth in exits.depths]
   shares = [float(some) / float(number) for some, number in ran]
   layer = costs.layer_flops(config, (seq_len + 1) / 2)
@@ -506,7 +530,8 @@ def cost(exits: Exits, rule: Rule, seq_len: int, realised: Mapping[str, SumCount
     layers = layer * float(realised["layer_tokens"][0]) / float(realised["layer_tokens"][1])
   heads = sum(shares) if exits.reads_logits else 1.0
   asked = sum(exits.asked_flops(which) * share for which, share in enumerate(shares))
-  total = layers + heads * costs.head_flops(config) + asked + loop * sum(shares)
+  entered = len(shares) if how.kv == "project" else sum(shares)
+  total = layers + heads * costs.head_flops(config) + asked + entered * loop
   return dataclasses.replace(dense, flops_per_token=total)
 
 

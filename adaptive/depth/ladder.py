@@ -9,10 +9,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from adaptive.backbone import decoding
 from adaptive.backbone.transformer import Params, Transformer
 from adaptive.config import ModelConfig
+from adaptive.depth import exits as exiting
 
 Cache = Any
 
@@ -116,4 +118,57 @@ def of_paths(
     tail=tail,
     head=head or (lambda params, draft, x: apply(params, x, method="head")),
     one_head=head is None,
+  )
+
+
+class Between(NamedTuple):
+  """Of a loop, between two of its passes: the state, and the stream after the layers before it, [b, t, d] both."""
+
+  x: jax.Array
+  e: jax.Array
+
+
+def of_loop(exits: exiting.Exits, params: Params, drafts: Sequence[int]) -> Ladder:
+  """A ladder of a shared block whose passes begin with more than layers (`exits.Loop`).
+
+  Args:
+    drafts: depths of exits, increasing, less than the model's.
+  """
+  config, model, layers = exits.config, exits.model, exits.layers
+  exits = exits._replace(how=exiting.DEFAULT)  # nobody leaves on the way
+  bounds = (0, *(1 + exits.depths.index(depth) for depth in drafts), len(exits.depths))
+
+  def empty_cache(batch_size: int, slots: int) -> Cache:
+    return tuple(decoding.empty_layer(config, batch_size, slots) for _ in layers)
+
+  def embed(params: Params, tokens: jax.Array) -> Between:
+    x = model.apply({"params": params}, tokens, method=lambda m, t: m.embedding.encode(t))
+    return Between(x, x)
+
+  def climb(params: Params, between: Between, at: At, cache: Cache, low: int, high: int):
+    length = between.x.shape[1]
+    context = decoding.context_of(config, at.start, at.counts, length, cache[0].key.shape[2])
+
+    def span(start: int, stop: int, x: jax.Array, alive: jax.Array, caches: Cache):
+      here = [params["layers"][layer] for layer in layers[start:stop]]
+      x, after = decoding.run_layers(config, here, x, context, caches[start:stop])
+      return x, (*caches[:start], *after, *caches[stop:])
+
+    run = exiting.run_of(exits, params, at.start[:, None] + jnp.arange(length, dtype=jnp.int32)[None], span)
+    x, state = between.x, (cache, between.e)
+    for which in range(bounds[low], bounds[high]):
+      x, state = run(which, x, jnp.ones(x.shape[:2], bool), state)
+    return Between(x, state[1]), state[0]
+
+  return Ladder(
+    params=decoding.unstacked(exits.config, params, exits.kept),
+    rungs=tuple(range(1, len(drafts) + 1)),
+    layers=(*drafts, exits.depths[-1]),
+    tails=(False,) * len(drafts),
+    empty_cache=empty_cache,
+    embed=embed,
+    climb=climb,
+    tail=lambda params, draft, between, at, cache: (between, cache),
+    head=lambda params, draft, between: model.apply({"params": params}, between.x, method="head"),
+    one_head=False,
   )

@@ -35,6 +35,11 @@ def cross_entropy_of(batch: Batch) -> Callable[[jax.Array], SumCount]:
   return lambda logits: losses.cross_entropy(logits, batch["targets"], mask)
 
 
+def token_losses(head: Callable, heads: Params, hidden: jax.Array, targets: jax.Array) -> jax.Array:
+  """Next-token cross entropy of each token at every exit, float32 [e, b, t]; arguments as of `read_exits`."""
+  return read_exits(head, heads, hidden, lambda logits: losses.token_losses(logits, targets))
+
+
 def weighted(pairs: SumCount, weights: jax.Array | Sequence[float]) -> jax.Array:
   """Mean over exits of their mean losses, weighted: sum_e w_e CE_e / sum_e w_e."""
   weights = jnp.asarray(weights, jnp.float32)

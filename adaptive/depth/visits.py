@@ -7,6 +7,7 @@ own: caches are keyed by (layer, visit). A token that stays away from a visit ke
 |-----------|----------------------------------------------------------------------|----|
 | `project` | the layer's own projections of the stream that it keeps              | CALM, SEC |
 | `copy`    | those of the last visit that it made                                 | Unified Layer Skipping, MuE |
+| `latest`  | those of its last visit to the same layer                            | recurrent depth |
 | `hole`    | none: no token attends to it                                         | Mixture-of-Depths, FiRST |
 
 Each rule has two faces that compute the same. `one_shot` runs whole rows: every token is computed, what stays away is
@@ -26,6 +27,7 @@ from adaptive.backbone.transformer import REMAT_POLICIES, Block, Params
 from adaptive.config import ModelConfig
 
 Rule = Literal["project", "copy", "hole"]
+KeyValues = Literal["project", "copy", "latest", "hole", "exact", "recompute"]
 
 
 class Cache(NamedTuple):
@@ -44,6 +46,23 @@ def nothing(config: ModelConfig, x: jax.Array) -> LayerCache:
   """Keys and values [b, k, t, h] of tokens that have made no visit yet: zeros."""
   shape = (x.shape[0], config.num_kv_heads, x.shape[1], config.head_size)
   return LayerCache(jnp.zeros(shape, x.dtype), jnp.zeros(shape, x.dtype))
+
+
+def rule_of(kv: KeyValues) -> Rule:
+  """The rule that visits know: `latest` is `copy` with a book for each layer (`sharing_a_book`)."""
+  return "copy" if kv == "latest" else kv
+
+
+def books(config: ModelConfig, x: jax.Array, path: Sequence[int], kv: KeyValues) -> tuple[LayerCache, ...]:
+  """Where tokens [b, t, d] keep what `copy` copies: one for all layers, or under `latest` one for each."""
+  return (nothing(config, x),) * (1 + max(path) if kv == "latest" else 1)
+
+
+def sharing_a_book(path: Sequence[int], start: int, stop: int, kv: KeyValues) -> list[tuple[slice, int]]:
+  """The layers start .. stop - 1 of a path in pieces that share a book, and which that is."""
+  if kv != "latest":
+    return [(slice(start, stop), 0)]
+  return [(slice(layer, layer + 1), path[layer]) for layer in range(start, stop)]
 
 
 def _where(active: jax.Array, new: LayerCache, old: LayerCache) -> LayerCache:

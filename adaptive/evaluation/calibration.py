@@ -54,5 +54,6 @@ def exit_costs(exits: Exits, seq_len: int) -> np.ndarray:
   for which, depth in enumerate(exits.depths):
     heads = which + 1 if exits.reads_logits else 1
     asked = sum(map(exits.asked_flops, range(which + 1)))
-    found.append(depth * layer + (full - depth) * above + heads * head + asked + (which + 1) * loop)
+    entered = len(exits.depths) if exits.how.kv == "project" else which + 1
+    found.append(depth * layer + (full - depth) * above + heads * head + asked + entered * loop)
   return np.array(found)

@@ -45,8 +45,9 @@ def forward(model: nn.Module, params: Params, batch: Batch, index: int | jax.Arr
   found = extract(model, params, submodels(model)[index]) if isinstance(index, int) else None
   if found is not None:
     config, small = found
-    return Output(Transformer(config).apply({"params": small}, batch), {})
-  return Output(*parts.one_shot(model.exits, params, batch, parts.choose(rules, index)))
+    return Output(Transformer(config, parent=None).apply({"params": small}, batch), {})  # also from within a module
+  exits = parts.up_to(model.exits, rules[index]) if isinstance(index, int) else model.exits
+  return Output(*parts.one_shot(exits, params, batch, parts.choose(rules, index)))
 
 
 def at_random(model: nn.Module, realised: Sequence[Metrics]) -> tuple[nn.Module, Sequence[int | None]] | None:
@@ -103,19 +104,21 @@ def extract(model: nn.Module, params: Params, submodel: SubModel) -> tuple[Model
 
 def decoder(model: nn.Module, params: Params, submodel: SubModel) -> Decoder:
   """A fixed depth is a dense model; with thresholds, layers that no row needs are left out."""
+  exits, rule = model.exits, _rule(model, submodel)
   found = extract(model, params, submodel)
+  if found is not None and parts.repeated(exits, rule.depth):  # the weights of a shared layer once
+    return Decoder(*decoding.dense(found[0], {**found[1], "layers": params["layers"]}, exits.layers[: rule.depth]))
   if found is not None:
     return Decoder(*decoding.dense(*found))
-  exits, rule = model.exits, _rule(model, submodel)
   if exits.how.kv in ("exact", "recompute"):
     return Decoder(*lazy.decoder(exits, params, rule, exits.how.wait, again=exits.how.kv == "recompute"))
-  return Decoder(*parts.decoder(exits, params, rule))
+  return Decoder(*parts.decoder(parts.up_to(exits, rule), params, rule))
 
 
 def ladder(model: nn.Module, params: Params, drafts: Sequence[SubModel] | None) -> ladders.Ladder | None:
-  """Any exit at a fixed depth may draft; none where passes are more than layers, or a head reads a mean of streams."""
+  """Any exit at a fixed depth may draft; none where a head reads a mean of streams."""
   exits, layers = model.exits, model.exits.layers
-  if exits.loop is not None or exits.signal(params, 0).averages:
+  if exits.signal(params, 0).averages or len(exits.depths) == 1:
     return None
   wanted = submodels(model)[:-1] if drafts is None else drafts
   rules = [_rule(model, submodel) for submodel in wanted]
@@ -124,6 +127,8 @@ def ladder(model: nn.Module, params: Params, drafts: Sequence[SubModel] | None) 
       drafts is None or parts.fixed(rule), f"{submodel.name} leaves where it is sure: only a fixed depth can draft"
     )
   depths = sorted({rule.depth for rule in rules if parts.fixed(rule)})
+  if exits.loop is not None:
+    return ladders.of_loop(exits, params, depths)
   which = [*map(exits.depths.index, depths), len(exits.depths) - 1]
   own = any(exits.own(params, depth) is not None for depth in depths)
   head = (lambda params, draft, x: exits.head(params, which[draft], x)) if own else None

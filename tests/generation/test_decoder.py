@@ -52,10 +52,22 @@ EXITS = {
   "recompute": dict(kv="recompute", wait=4),
   "stability": dict(kv="copy", signal="stability", thresholds=(0.2, 0.4, 0.6)),
 }
+# Of shared blocks by settings and key/value rule: a fixed number of passes (1), and a threshold (2).
+PASSES = {
+  "pondernet": ("ponder", dict(), dict(signal="learned", thresholds=(0.8,))),
+  "pondernet_exact": ("ponder", dict(), dict(signal="learned", thresholds=(0.8,), kv="exact")),
+  "act": ("ponder", dict(halting="act"), dict(signal="learned", thresholds=(0.9,), kv="latest")),
+  "act_exact": ("ponder", dict(halting="act"), dict(signal="learned", thresholds=(0.9,), kv="exact", wait=2)),
+  "stability": ("recurrent_depth", dict(core=2), dict(signal="stability", thresholds=(0.4,))),
+  "latest": ("recurrent_depth", dict(core=2), dict(signal="stability", thresholds=(0.4,), kv="latest")),
+  "saturation": ("recurrent_depth", dict(core=2), dict(signal="saturation", thresholds=(0.0,), kv="hole")),
+}
 CASES += [("early_exit", "project", 0), *(("early_exit", rule, 3) for rule in EXITS)]
 # Of exits that were learned, by method; SEC stops some tokens.
 LEARNED = {"jei_dnn": dict(), "sec": dict(stop_threshold=0.6, stop_token=5)}
 CASES += [(name, rule, 4) for name in LEARNED for rule in ("project", "hole", "exact")]
+CASES += [(PASSES[name][0], name, 2) for name in PASSES]
+CASES += [("ponder", "pondernet", 1), ("ponder", "act", 1), ("recurrent_depth", "stability", 1)]
 CASES += [(MOR, variant, -1) for variant in RECURSIONS]
 CASES += [(MOR, "wise", index) for index in (0, 2, 3)] + [(MOR, "token", 0), (MOR, "hybrid", 3)]
 CASES += [(MOD, "router", index) for index in (0, 1, 2)] + [(MOD, "predictor", index) for index in (1, 2)]
@@ -72,6 +84,10 @@ def case(name: str, variant: str, index: int):
     settings = dict(num_recursions=3, **{**dials, **RECURSIONS[variant]})
   elif name == MOD:
     config, settings = tiny.model_config(qk_norm=True), dict(capacity=0.5, capacity_scales=(0.5,), **DEPTHS[variant])
+  elif variant in PASSES:
+    config = tiny.model_config(num_layers=7, qk_norm=True)
+    _, more, how = PASSES[variant]
+    settings = dict(num_recursions=3, prelude=1, **more, exit=exits.Exiting(**how))
   elif name == "early_exit":
     config = tiny.model_config(qk_norm=True)
     exiting = exits.Exiting(**{"thresholds": (0.1, 0.15, 0.2), **EXITS[variant]})

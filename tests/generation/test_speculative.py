@@ -23,6 +23,8 @@ SETTINGS = {
   "sorted_net": dict(depths=(1, 2, 4)),
   "recursive": dict(num_recursions=2, sharing="middle_cycle"),
   "unified_skip": dict(speedups=(1.3, 2.0)),
+  "ponder": dict(num_recursions=2),
+  "recurrent_depth": dict(prelude=1, core=1, num_recursions=3),
 }
 
 
@@ -62,6 +64,9 @@ DRAFTS = [
   ("recursive", 0),
   ("unified_skip", 0),
   ("unified_skip", 1),
+  ("ponder", 0),
+  ("recurrent_depth", 0),
+  ("recurrent_depth", 1),
 ]
 
 

@@ -34,6 +34,10 @@ CASES = {
   "controller": ("sec", dict(exits=(1, 2))),
   "controller_frozen": ("sec", dict(exits=(1, 2), backbone="frozen")),
   "controller_alone": ("sec", dict(exits=(1, 2), backbone="frozen", heads="shared")),
+  "pondernet": ("ponder", dict(num_recursions=3)),
+  "act": ("ponder", dict(num_recursions=2, prelude=1, halting="act")),
+  "recurrent": ("recurrent_depth", dict(prelude=1, core=1, num_recursions=2, mean_recursions=9.0, backprop=2)),
+  "truncated": ("recurrent_depth", dict(prelude=0, core=1, num_recursions=3, mean_recursions=9.0, backprop=1)),
   "fewer": ("recursive", dict(num_recursions=3, sharing="sequence", train_fewer=True)),
   "plans": ("unified_skip", dict(speedups=(1.5,), train="all")),
   "plans_and_cosine": ("unified_skip", dict(speedups=(1.5,), cosine_loss=1.0)),
@@ -90,7 +94,7 @@ def test_the_products_of_a_traced_update_are_those_counted(name):
   counted = method.update_flops(model, choice, 2 * LENGTH - 1)
   # Each exit's logits are computed again in the backward pass, which saves memory and is no work of the model's.
   exits = {"multi_exit": 3, "exits": 3, "own_exits": 3, "layer_skip": 3, "gates_warm": 3, "gated": 3}.get(name, 0)
-  exits += {"gated_frozen": 2, "controller": 3, "controller_frozen": 2}.get(name, 0)
+  exits += {"gated_frozen": 2, "controller": 3, "controller_frozen": 2, "pondernet": 3}.get(name, 0)
   again = costs.head_flops(MODEL) * exits
   found = products(jax.make_jaxpr(program)(params, batch).jaxpr)
   assert found == pytest.approx((counted + again) * ROWS * LENGTH, rel=1e-6)

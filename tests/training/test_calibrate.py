@@ -37,14 +37,24 @@ def test_thresholds_do_on_rows_what_was_collected_from_them(signal, decay):
   assert len(np.unique(seen.rows)) == 4
 
 
-def test_costs_of_exits_are_those_of_the_method():
-  """Of `project`, whose layers above cost their keys: a sub-model that always leaves at one exit costs as much."""
-  model = METHOD.build(CONFIG, METHOD.Config(exits=(1, 3), exit=Exiting(thresholds=(0.5,))))
-  submodel = next(s for s in METHOD.submodels(model) if "threshold" in s.name)
+@pytest.mark.parametrize("kv", ["project", "copy"])
+@pytest.mark.parametrize(
+  ("name", "settings", "signal"),
+  [
+    ("early_exit", dict(exits=(1, 3)), "max_probability"),
+    ("ponder", dict(prelude=1, num_recursions=3), "learned"),
+    ("recurrent_depth", dict(prelude=1, core=1, num_recursions=3), "stability"),
+  ],
+)
+def test_costs_of_exits_are_those_of_the_method(name, settings, signal, kv):
+  """Under `project` layers above cost their keys: a sub-model that always leaves at one exit costs as much."""
+  method, how = METHODS[name], Exiting(thresholds=(0.5,), signal=signal, kv=kv)
+  model = method.build(CONFIG, method.Config(**settings, exit=how))
+  submodel = next(s for s in method.submodels(model) if "threshold" in s.name)
   found = calibration.exit_costs(model.exits, 12)
   for which, ran in enumerate(((1, 0, 0), (1, 1, 0), (1, 1, 1))):
-    realised = {f"ran/{d}": (float(share), 1.0) for d, share in zip((1, 3, 4), ran)}
-    assert METHOD.cost(model, submodel, 12, realised).flops_per_token == pytest.approx(found[which])
+    realised = {f"ran/{d}": (float(share), 1.0) for d, share in zip(model.exits.depths, ran)}
+    assert method.cost(model, submodel, 12, realised).flops_per_token == pytest.approx(found[which])
 
 
 @pytest.fixture(scope="module")

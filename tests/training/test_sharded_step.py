@@ -42,6 +42,9 @@ CASES = {
   "first": ("first", dict(prompt_tokens=2)),
   "depths": ("mixture_of_depths", dict(capacity=0.5, inference="predictor")),
   "controller": ("sec", dict(exits=(1,))),
+  "ponder": ("ponder", dict(num_recursions=2)),
+  "act": ("ponder", dict(num_recursions=2, halting="act")),
+  "recurrent_depth": ("recurrent_depth", dict(prelude=0, core=1, num_recursions=2)),
   "recursions": ("mixture_of_recursions", dict(num_recursions=2, sharing="cycle", kv_cache="shared")),
   "one": ("sorted_net", dict(**SIZES, executor="static", num_sampled=1)),
 }

@@ -28,6 +28,8 @@ SETTINGS = {
   "first": dict(prompt_tokens=2, budget_loss=0.0),
   "mixture_of_depths": dict(capacity=0.5, router_loss=0.5),
   "sec": dict(exits=(1,)),
+  "ponder": dict(num_recursions=2),
+  "recurrent_depth": dict(prelude=1, core=1, num_recursions=1),
   # The router's loss is a mean over candidates, of which micro-batches may have more or fewer for their tokens.
   "mixture_of_recursions": dict(num_recursions=2, sharing="cycle", router_loss=0.0),
 }
@@ -60,6 +62,7 @@ ACCUMULATED = {
   **{name: (name, settings) for name, settings in SETTINGS.items()},
   "distilled": ("sorted_net", dict(**SETTINGS["sorted_net"], distill=0.5)),
   "multi_exit": ("sorted_net", dict(depths=(1, 2), scheme="multi_exit")),
+  "act": ("ponder", dict(num_recursions=2, halting="act")),
 }
 
 
