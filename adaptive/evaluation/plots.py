@@ -22,8 +22,10 @@ from adaptive.evaluation.results import Family, number, shared_hypervolumes, sum
 
 # Told apart by readers with any of the common colour deficiencies, also in grey; vermillion and blue first.
 COLOURS = ("#0b6cb0", "#d1570b", "#0d8a66", "#a8437f", "#8a6d00", "#3d3d3d", "#4aa3d8", "#7a5bb5")
+MARKERS, DASHES = ("o", "s", "^", "D"), ("-", (0, (4, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1, 1.5)))
 INK, FAINT = "#2b2f36", "#8b929c"
 DPI = 160
+MOST = 6  # of more families only the fronts are drawn, joined by straight lines, and no point is named
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +63,8 @@ def plot_png(
 def draw(families: Sequence[Family], loss: str = "loss") -> Figure:
   """The figure of `plot_png`, finished."""
   panels = _panels(families, loss)
-  figure = Figure(figsize=(5.6 * len(panels), 5.4), dpi=DPI, facecolor="white", layout="constrained")
+  height = 5.4 if len(families) <= MOST else 6.6
+  figure = Figure(figsize=(5.6 * len(panels), height), dpi=DPI, facecolor="white", layout="constrained")
   FigureCanvasAgg(figure)
   figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08, wspace=0.05)
   axes = figure.subplots(1, len(panels), squeeze=False)[0]
@@ -92,17 +95,23 @@ def _draw_panel(axis: Axes, panel: Panel, families: Sequence[Family]) -> None:
   _frame(axis, panel, families)
   for place, (family, colour) in enumerate(zip(families, colours(families))):
     x, y = panel.points(family)
-    index = family.front(panel.cost, panel.quality)
+    index, (marker, dash) = family.front(panel.cost, panel.quality), _cycle(place)
+    crowded = len(families) > MOST
     off = np.setdiff1d(np.flatnonzero(np.isfinite(x) & np.isfinite(y)), index)
-    if panel.cost == "step_ms":
+    if crowded:
+      off = off[:0]
+    elif panel.cost == "step_ms":
       _whiskers(axis, family, y, colour)
-    axis.scatter(x[off], y[off], s=20, color=colour, alpha=0.32, linewidths=0, zorder=3)
+    axis.scatter(x[off], y[off], s=20, marker=marker, color=colour, alpha=0.32, linewidths=0, zorder=3)
     # The best quality within a budget stays what it was until the next better sub-model is affordable.
-    axis.plot(x[index], y[index], drawstyle="steps-post", color=colour, linewidth=1.8, alpha=0.9, zorder=4)
-    axis.scatter(x[index], y[index], s=30, color=colour, edgecolors="white", linewidths=0.8, zorder=5)
+    drawstyle = "default" if crowded else "steps-post"
+    line = dict(drawstyle=drawstyle, color=colour, linewidth=1.4 if crowded else 1.8, linestyle=dash, alpha=0.9)
+    axis.plot(x[index], y[index], **line, zorder=4)
+    axis.scatter(x[index], y[index], s=30, marker=marker, color=colour, edgecolors="white", linewidths=0.8, zorder=5)
     full = family.full_index
     if np.isfinite(x[full]) and np.isfinite(y[full]):
-      axis.axhline(y[full], color=colour, linewidth=0.9, linestyle=(0, (1, 3)), alpha=0.8, zorder=2)
+      if not crowded:
+        axis.axhline(y[full], color=colour, linewidth=0.9, linestyle=(0, (1, 3)), alpha=0.8, zorder=2)
       # Full models of several runs often coincide: the later star is the smaller, so that each still shows.
       star = max(250 - 55 * place, 90)
       axis.scatter(x[full], y[full], s=star, marker="*", color=colour, edgecolors="white", linewidths=0.9, zorder=6)
@@ -154,12 +163,12 @@ def _cost_axis(axis: Axes, cost: np.ndarray, scale: float) -> None:
 
 
 def _heading(figure: Figure, families: Sequence[Family]) -> None:
-  labels = [*_captions(families), "full model", "off the front"]
-  handles = [_handle(family, colour) for family, colour in zip(families, colours(families))]
+  labels = [*_captions(families), "full model", *["off the front"] * (len(families) <= MOST)]
+  handles = [_handle(family, colour, place) for place, (family, colour) in enumerate(zip(families, colours(families)))]
   handles += [
     Line2D([], [], linestyle="none", marker="*", markersize=12, color=FAINT, markeredgecolor="white"),
     Line2D([], [], linestyle="none", marker="o", markersize=5, color=FAINT, alpha=0.5),
-  ]
+  ][: len(labels) - len(families)]
   # As many columns as there is room for: a character takes about 0.085 inches.
   columns = int(np.clip(figure.get_figwidth() // (0.085 * max(map(len, labels)) + 0.9), 1, len(labels)))
   legend = figure.legend(
@@ -171,10 +180,18 @@ def _heading(figure: Figure, families: Sequence[Family]) -> None:
     text.set(text=label, parse_math=False)
 
 
-def _handle(family: Family, colour: str) -> Line2D:
+def _handle(family: Family, colour: str, place: int) -> Line2D:
   if len(family.results) == 1:
     return Line2D([], [], linestyle="none", marker="*", markersize=13, color=colour, markeredgecolor="white")
-  return Line2D([], [], color=colour, linewidth=1.8, marker="o", markersize=5.5, markeredgecolor="white")
+  marker, dash = _cycle(place)
+  style = dict(linewidth=1.8, linestyle=dash, marker=marker, markersize=5.5, markeredgecolor="white")
+  return Line2D([], [], color=colour, **style)
+
+
+def _cycle(place: int) -> tuple[str, str | tuple]:
+  """Marker and dash of a family: where colours begin again, other ones."""
+  again = place // len(COLOURS)
+  return MARKERS[again % len(MARKERS)], DASHES[again % len(DASHES)]
 
 
 def _captions(families: Sequence[Family]) -> list[str]:
@@ -191,12 +208,14 @@ def _captions(families: Sequence[Family]) -> list[str]:
 
 
 def colours(families: Sequence[Family]) -> list[str]:
-  """One colour per family; they repeat after eight."""
+  """One colour per family; they repeat after eight, with other markers and dashes."""
   return [COLOURS[i % len(COLOURS)] for i in range(len(families))]
 
 
 def _name_ends(axis: Axes, panel: Panel, families: Sequence[Family]) -> None:
   """Names the full model and the cheapest on the front of every family, wherever there is room."""
+  if len(families) > MOST:
+    return
   points, obstacles = [], []
   for family, colour in zip(families, colours(families)):
     x, y = panel.points(family)

@@ -144,3 +144,12 @@ def test_cost_menu_moves_every_trace():
 def test_html_with_values_that_are_not_finite_is_valid_json():
   text = plotly.io.to_json(page._figure([ODD]))
   assert not {"NaN", "Infinity"} & set(text.replace(":", ",").replace("[", ",").split(","))
+
+
+def test_of_many_families_only_the_fronts_are_drawn():
+  few, many = ([grid(f"run {i}", seed=i) for i in range(n)] for n in (6, 13))
+  texts = lambda families: [t.get_text() for t in plots.draw(families).legends[0].get_texts()]
+  assert "off the front" in texts(few)
+  assert len(texts(many)) == 13 + 1
+  lines = [line for line in plots.draw(many).axes[0].lines if len(line.get_xdata()) > 1]
+  assert len({(line.get_color(), str(line.get_linestyle()), line.get_drawstyle()) for line in lines}) == 13
