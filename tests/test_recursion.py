@@ -23,6 +23,19 @@ def test_layers_of_the_schemes_are_those_of_the_paper_s_table(scheme, layers, pa
   assert sharing.unique == max(path) + 1
 
 
+def test_a_loop_after_layers_of_its_own():
+  looped = recursion.Looped(prelude=2, block_size=3, num_recursions=2)
+  assert looped.layer_path == (0, 1, 2, 3, 4, 2, 3, 4)
+  assert (looped.unique, looped.depths) == (5, (5, 8))
+  assert [looped.passes(depth) for depth in looped.depths] == [1, 2]
+  assert recursion.Looped(0, 2, 2).layer_path == Sharing("cycle", 4, 2).layer_path
+  layers = {"w": jnp.arange(8.0)}
+  picked = lambda how: looped.tie(layers, how)["w"].tolist()
+  assert picked("lower") == [0, 1, 2, 3, 4]
+  assert picked("upper") == [0, 1, 5, 6, 7]
+  assert picked("average") == [0, 1, 3.5, 4.5, 5.5]
+
+
 @pytest.mark.parametrize("scheme", ["cycle", "sequence"])
 def test_one_recursion_shares_nothing(scheme):
   assert Sharing(scheme, 4, 1).layer_path == (0, 1, 2, 3)

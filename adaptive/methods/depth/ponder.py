@@ -11,10 +11,8 @@ Departures, with reasons:
 - the number of passes is bounded, and the last takes the rest of the prior too, so that the divergence is that of two
   distributions over the same passes;
 - the task loss and the divergence, or the ponder cost, are means over tokens, so that a learning rate fits any batch;
-- the state is not told which pass it is in (Universal Transformers add an embedding of it), so that the full PonderNet
-  is the plain unrolled transformer;
-- ACT's state between passes is the last one (as in Graves; Universal Transformers hand on the running mean), and what a
-  token that has halted leaves to others is that state, projected by later passes too;
+- no pass is told its number (Universal Transformers add an embedding of it): the full PonderNet is a plain transformer;
+- ACT's token that has halted leaves its last state to the others, as in Universal Transformers, not the mean;
 - ACT without a threshold weighs no pass after the sum of probabilities has reached 1.
 """
 
@@ -41,7 +39,6 @@ __all__ = [
   "Config", "at_random", "batch_parts", "build", "control", "cost", "decoder", "diagnose", "extract", "forward",
   "init_from", "ladder", "learning_rates", "loss", "sample", "static_choice", "submodels", "ticker", "update_flops",
 ]  # fmt: skip
-
 
 HALTED = exiting.Exiting(signal="learned", thresholds=(0.5, 0.9, 0.99))
 
@@ -199,9 +196,9 @@ def loss(model: Ponder, params: Params, batch: Batch, choice, key, step) -> tupl
   method, mask = model.method, batch["segment_ids"] > 0
   by_kind = {"pondernet": (_expected, "divergence", method.kl_weight), "act": (_halted, "ponder", method.ponder_cost)}
   terms, name, weight = by_kind[method.halting]
-  task, price, passes = terms(model, params, batch)
   number = jnp.sum(mask, dtype=jnp.float32)
-  metrics = {what: (jnp.sum(x * mask), number) for what, x in (("loss", task), (name, price), ("passes", passes))}
+  named = zip(("loss", name, "passes"), terms(model, params, batch))
+  metrics = {what: (jnp.sum(each * mask), number) for what, each in named}
   return losses.mean(metrics["loss"]) + weight * losses.mean(metrics[name]), metrics
 
 

@@ -38,7 +38,6 @@ __all__ = [
   "init_from", "ladder", "learning_rates", "loss", "sample", "static_choice", "submodels", "ticker", "update_flops",
 ]  # fmt: skip
 
-
 STABLE = exiting.Exiting(signal="stability", thresholds=(0.95, 0.99, 0.9995))
 
 
