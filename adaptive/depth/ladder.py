@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from adaptive.backbone import decoding
 from adaptive.backbone.transformer import Params, Transformer
 from adaptive.config import ModelConfig
+from adaptive.depth import climb as climbing
 from adaptive.depth import exits as exiting
 
 Cache = Any
@@ -154,7 +155,7 @@ def of_loop(exits: exiting.Exits, params: Params, drafts: Sequence[int]) -> Ladd
       x, after = decoding.run_layers(config, here, x, context, caches[start:stop])
       return x, (*caches[:start], *after, *caches[stop:])
 
-    run = exiting.run_of(exits, params, at.start[:, None] + jnp.arange(length, dtype=jnp.int32)[None], span)
+    run = climbing.run_of(exits, params, at.start[:, None] + jnp.arange(length, dtype=jnp.int32)[None], span)
     x, state = between.x, (cache, between.e)
     for which in range(bounds[low], bounds[high]):
       x, state = run(which, x, jnp.ones(x.shape[:2], bool), state)

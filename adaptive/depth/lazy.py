@@ -20,7 +20,8 @@ import jax.numpy as jnp
 from adaptive.backbone import decoding
 from adaptive.backbone.attention import Context, LayerCache, rope_table
 from adaptive.backbone.transformer import Params
-from adaptive.depth import exits as parts
+from adaptive.depth import walk
+from adaptive.depth.exits import Exits, Rule
 
 
 class Cache(NamedTuple):
@@ -45,7 +46,7 @@ NOBODY = jnp.iinfo(jnp.int32).max  # the position of a place where no token wait
 
 
 def decoder(
-  exits: parts.Exits, params: Params, rule: parts.Rule, wait: int, again: bool = False
+  exits: Exits, params: Params, rule: Rule, wait: int, again: bool = False
 ) -> tuple[Params, Callable, Callable]:
   """Parameters, `empty_cache` and `step`, as `adaptive.methods.contract.Decoder` has them.
 
@@ -111,9 +112,9 @@ def decoder(
       return jnp.where(alive[..., None], state[1], x), state
 
     embedded, state = x[:, -1], (cache, x, jnp.zeros_like(positions), jnp.zeros(()))
-    logits, ran, (cache, x, depth, worked) = parts.leave(exits, params, x, positions, real, rule, run, state)
+    logits, ran, (cache, x, depth, worked) = walk.leave(exits, params, x, positions, real, rule, run, state)
     cache = _leave_behind(cache, x[:, -1], embedded, positions[:, -1], depth[:, -1], real[:, -1], full)
-    found = parts.realised(exits, ran, real)
+    found = walk.realised(exits, ran, real)
     found |= {"layer_tokens": (worked, jnp.sum(real, dtype=jnp.float32))}
     logits = decoding.last_of(logits, counts)[:, 0]
     return logits, cache._replace(lengths=cache.lengths + counts), found
@@ -142,7 +143,7 @@ def _leave_behind(cache: Cache, x: jax.Array, embedded: jax.Array, position, dep
   )
 
 
-def _flush(exits: parts.Exits, params: Params, cache: Cache) -> Cache:
+def _flush(exits: Exits, params: Params, cache: Cache) -> Cache:
   """All that wait go all the way up."""
   config, full, slots = exits.config, len(cache.layers), cache.layers[0].key.shape[2]
 

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from adaptive.backbone.transformer import Batch, Params
-from adaptive.depth.exits import Exits, streams
+from adaptive.depth.climb import streams
+from adaptive.depth.exits import Exits
 from adaptive.losses import SumCount
 
 

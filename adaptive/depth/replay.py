@@ -13,7 +13,7 @@ from adaptive.backbone import decoding
 from adaptive.backbone.transformer import Batch, Params, Transformer
 from adaptive.config import ModelConfig
 from adaptive.depth import visits as parts
-from adaptive.depth.exits import Cache
+from adaptive.depth.climb import Cache
 
 
 def one_shot(

@@ -8,7 +8,8 @@ import numpy as np
 
 from adaptive import cost as costs
 from adaptive.backbone.transformer import Batch, Params
-from adaptive.depth import exits as parts
+from adaptive.depth import climb
+from adaptive.depth import walk as walking
 from adaptive.depth.exits import Exits
 from adaptive.evaluation.thresholds import Seen
 
@@ -29,18 +30,18 @@ def collect(exits: Exits, params: Params, batches: Sequence[Batch], seq_len: int
 
 def _look(exits: Exits, params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
   """Signals [e - 1, b, t] and whether the likeliest token is the model's [e, b, t]."""
-  hidden, positions = parts.streams(exits, params, batch), batch["positions"]
+  hidden, positions = climb.streams(exits, params, batch), batch["positions"]
   x, _ = exits.model.apply({"params": params}, batch, method="embed")
-  walk, found, tops = parts.begin(exits, x, jnp.ones(x.shape[:2], bool)), [], []
+  walk, found, tops = walking.begin(exits, x, jnp.ones(x.shape[:2], bool)), [], []
   for which, x in enumerate(hidden[:-1]):
     walk = walk._replace(x=x)
-    value, logits, read, mean = parts.look(exits, params, which, walk, positions)
+    value, logits, read, mean = walking.look(exits, params, which, walk, positions)
     logits = exits.head(params, which, read) if logits is None else logits
     memory = exits.signal(params, which).remember(value, walk.memory)
     walk = walk._replace(previous=(x, logits), memory=memory, mean=mean)
-    found.append(value / parts.decay(exits.how, positions))  # instead of each threshold times it
+    found.append(value / walking.decay(exits.how, positions))  # instead of each threshold times it
     tops.append(jnp.argmax(logits, axis=-1))
-  last = exits.head(params, len(found), parts.last_read(walk._replace(x=hidden[-1])))
+  last = exits.head(params, len(found), walking.last_read(walk._replace(x=hidden[-1])))
   tops.append(jnp.argmax(last, axis=-1))
   return jnp.stack(found), jnp.stack(tops) == tops[-1][None]
 

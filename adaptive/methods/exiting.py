@@ -16,9 +16,9 @@ from adaptive import sharding, subnet
 from adaptive.backbone import decoding
 from adaptive.backbone.transformer import Transformer
 from adaptive.config import ModelConfig, require
+from adaptive.depth import climb, exit_costs, lazy, oracle
 from adaptive.depth import exits as parts
 from adaptive.depth import ladder as ladders
-from adaptive.depth import lazy, oracle
 from adaptive.methods.contract import Batch, Decoder, Metrics, Output, Params, SubModel, check_index
 
 __all__ = ["at_random", "cost", "decoder", "diagnose", "extract", "forward", "ladder", "sample", "submodels"]
@@ -47,7 +47,7 @@ def forward(model: nn.Module, params: Params, batch: Batch, index: int | jax.Arr
     config, small = found
     return Output(Transformer(config, parent=None).apply({"params": small}, batch), {})  # also from within a module
   exits = parts.up_to(model.exits, rules[index]) if isinstance(index, int) else model.exits
-  return Output(*parts.one_shot(exits, params, batch, parts.choose(rules, index)))
+  return Output(*climb.one_shot(exits, params, batch, parts.choose(rules, index)))
 
 
 def at_random(model: nn.Module, realised: Sequence[Metrics]) -> tuple[nn.Module, Sequence[int | None]] | None:
@@ -80,7 +80,7 @@ def diagnose(model: nn.Module, params: Params, batches: Sequence[Batch], mesh: M
 
 
 def cost(model: nn.Module, submodel: SubModel, seq_len: int, realised: Metrics) -> costs.Cost:
-  return parts.cost(model.exits, _rule(model, submodel), seq_len, realised)
+  return exit_costs.cost(model.exits, _rule(model, submodel), seq_len, realised)
 
 
 def extract(model: nn.Module, params: Params, submodel: SubModel) -> tuple[ModelConfig, Params] | None:
@@ -112,7 +112,7 @@ def decoder(model: nn.Module, params: Params, submodel: SubModel) -> Decoder:
     return Decoder(*decoding.dense(*found))
   if exits.how.kv in ("exact", "recompute"):
     return Decoder(*lazy.decoder(exits, params, rule, exits.how.wait, again=exits.how.kv == "recompute"))
-  return Decoder(*parts.decoder(parts.up_to(exits, rule), params, rule))
+  return Decoder(*climb.decoder(parts.up_to(exits, rule), params, rule))
 
 
 def ladder(model: nn.Module, params: Params, drafts: Sequence[SubModel] | None) -> ladders.Ladder | None:

@@ -13,6 +13,7 @@ from adaptive import executors
 from adaptive.backbone.transformer import Transformer
 from adaptive.config import ConfigError
 from adaptive.depth import exits as parts
+from adaptive.depth import walk
 from adaptive.depth.exits import Exiting
 from adaptive.methods import METHODS
 
@@ -117,7 +118,7 @@ def test_a_higher_threshold_lets_nobody_leave_earlier():
 
 def test_later_tokens_have_lower_thresholds_where_they_decay():
   how = Exiting(decay=0.1, decay_rate=4.0, decay_length=100)
-  found = parts.decay(how, np.array([[0, 25, 100]]))
+  found = walk.decay(how, np.array([[0, 25, 100]]))
   np.testing.assert_allclose(found, [[1, 0.9 + 0.1 * np.exp(-1), 0.9 + 0.1 * np.exp(-4)]])
 
 

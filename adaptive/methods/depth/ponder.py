@@ -28,8 +28,10 @@ from adaptive import cost as costs
 from adaptive import losses, recursion
 from adaptive.backbone.transformer import Transformer
 from adaptive.config import ModelConfig, require, require_range
+from adaptive.depth import climb as climbing
 from adaptive.depth import exits as exiting
 from adaptive.depth import objectives
+from adaptive.depth import walk as walking
 from adaptive.depth.signals import Signal
 from adaptive.methods.contract import Batch, Metrics, Params
 from adaptive.methods.defaults import batch_parts, control, learning_rates, static_choice, ticker
@@ -207,7 +209,7 @@ def _expected(model: Ponder, params: Params, batch: Batch) -> tuple[jax.Array, j
 
   All tokens make all passes, each of which has the keys of its own.
   """
-  states = jnp.stack(exiting.streams(model.exits_of(exiting.DEFAULT), params, batch))
+  states = jnp.stack(climbing.streams(model.exits_of(exiting.DEFAULT), params, batch))
   head = lambda _, x: model.apply({"params": params}, x, method="head")
   each = objectives.token_losses(head, None, states, batch["targets"])
   logs = log_distribution(halting_logits(params, states[:-1]))
@@ -223,16 +225,16 @@ def _halted(model: Ponder, params: Params, batch: Batch) -> tuple[jax.Array, jax
   weights and the remainder R = 1 - p_1 - ... - p_{N - 1}; N is a number.
   """
   exits = model.exits_of(dataclasses.replace(exiting.DEFAULT, signal="learned"))
-  x, climb, state = exiting.whole_rows(exits, params, batch, "project")
-  walk = exiting.begin(exits, x, jnp.ones(x.shape[:2], bool))
+  x, climb, state = climbing.whole_rows(exits, params, batch, "project")
+  walk = walking.begin(exits, x, jnp.ones(x.shape[:2], bool))
   read, passes, remainder = jnp.zeros_like(x), jnp.zeros(x.shape[:2]), jnp.zeros(x.shape[:2])
   last = len(exits.depths) - 1
   for which in range(last + 1):
     x, state = climb(which, walk.x, walk.alive, state)
     walk, passes = walk._replace(x=x), passes + walk.alive
-    value, mean, here, halts = walk.memory, walk.mean, exiting.last_read(walk), walk.alive
+    value, mean, here, halts = walk.memory, walk.mean, walking.last_read(walk), walk.alive
     if which < last:
-      value, _, here, mean = exiting.look(exits, params, which, walk, batch["positions"])
+      value, _, here, mean = walking.look(exits, params, which, walk, batch["positions"])
       halts = halts & (value > 1 - model.method.epsilon)
     read = jnp.where(halts[..., None], here, read)
     remainder = jnp.where(halts, 1 - walk.memory, remainder)

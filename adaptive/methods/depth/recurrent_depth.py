@@ -28,6 +28,7 @@ from adaptive import losses, recursion
 from adaptive.backbone.layers import RMSNorm, param, rms_norm
 from adaptive.backbone.transformer import Transformer
 from adaptive.config import ModelConfig, require, require_range
+from adaptive.depth import climb as climbing
 from adaptive.depth import exits as exiting
 from adaptive.methods.contract import Batch, Metrics, Params, SubModel
 from adaptive.methods.defaults import batch_parts, control, learning_rates, ticker
@@ -191,7 +192,7 @@ def truncated(model: RecurrentDepth, params: Params, batch: Batch, passes: int) 
   The prelude still has one, through e, which every pass reads.
   """
   exits = model.exits_of(exiting.DEFAULT)
-  x, climb, state = exiting.whole_rows(exits, params, batch, "project")
+  x, climb, state = climbing.whole_rows(exits, params, batch, "project")
   everyone = jnp.ones(x.shape[:2], bool)
   for which in range(passes):
     x, state = climb(which, x, everyone, state)

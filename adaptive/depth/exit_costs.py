@@ -1,0 +1,76 @@
+"""What early exit costs, from the shares of the tokens that were measured at every exit."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from adaptive import cost as costs
+from adaptive.depth.exits import Exits, Rule, fixed, repeated
+from adaptive.losses import SumCount
+
+
+def _depth(exits: Exits, ran: Sequence[jax.Array]) -> jax.Array:
+  """Layers of each token, int32 [b, t]."""
+  return sum((stop - start) * some.astype(jnp.int32) for (start, stop), some in zip(exits.segments, ran))
+
+
+def recomputed_layers(exits: Exits, ran: Sequence[jax.Array], segment_ids: jax.Array) -> jax.Array:
+  """Layers run when each token takes along all of its document that have left since one went all the way."""
+
+  def token(carry, seen):
+    waiting, before = carry
+    depth, segment = seen
+    waiting = jnp.where(segment == before, waiting, 0)
+    layers = depth * (waiting + 1) * (segment > 0)
+    return (jnp.where(depth == exits.depths[-1], 0, waiting + 1), segment), layers
+
+  start = jnp.zeros_like(segment_ids[:, 0]), segment_ids[:, 0]
+  _, layers = jax.lax.scan(token, start, (_depth(exits, ran).T, segment_ids.T))
+  return jnp.sum(layers, dtype=jnp.float32)
+
+
+def lazy_layers(exits: Exits, ran: Sequence[jax.Array], segment_ids: jax.Array) -> jax.Array:
+  """Layers run by lazy resume, summed over tokens: each as deep as it or a later one of its document goes."""
+  depth = _depth(exits, ran)
+  # Documents follow each other, so the deepest from here on is in one's own if every earlier document stands higher.
+  order = jnp.where(segment_ids > 0, segment_ids, jnp.max(segment_ids) + 1)  # padding is last
+  above = (exits.depths[-1] + 1) * (jnp.max(order) - order)
+  deepest = jax.lax.cummax(depth + above, axis=1, reverse=True) - above
+  return jnp.sum(deepest * (segment_ids > 0), dtype=jnp.float32)
+
+
+def cost(exits: Exits, rule: Rule, seq_len: int, realised: Mapping[str, SumCount]) -> costs.Cost:
+  """A sub-model's cost from the shares that were measured; without them as if no token left before the rule's depth.
+
+  Heads are counted at every exit that a token passes, where the signal reads logits. Keys and values of layers that a
+  token did not run cost their projections under `project`; under `exact` and `recompute` the layers are run later, if a
+  later token of the row needs them. A `hole` is still counted as attended to.
+  """
+  config, how = exits.config, exits.how
+  passes = sum(depth <= rule.depth for depth in exits.depths) if fixed(rule) else len(exits.depths)
+  # An exit that stands alone has its own head in place of the model's.
+  alone = exits.own_params > 0 and fixed(rule) and rule.depth < exits.depths[-1]
+  small = dataclasses.replace(config, num_layers=rule.depth, tied_embeddings=config.tied_embeddings and not alone)
+  dense = costs.dense_cost(small, seq_len)
+  added = exits.added_params + (0 if alone else exits.own_params * (len(exits.depths) - 1))
+  dense = costs.with_params(dense, added - repeated(exits, rule.depth) * costs.layer_params(config))
+  loop = exits.loop.flops if exits.loop else 0.0
+  if fixed(rule):  # stands alone, without the layers above the dial's depth
+    weighed = exits.learned_flops * (passes - 1) if exits.signal({}, 0).averages else 0.0
+    return dataclasses.replace(dense, flops_per_token=dense.flops_per_token + passes * loop + weighed)
+  ran = [realised[f"ran/{depth}"] if realised else (1.0, 1.0) for depth in exits.depths]
+  shares = [float(some) / float(number) for some, number in ran]
+  layer = costs.layer_flops(config, (seq_len + 1) / 2)
+  away = costs.key_value_flops(config) if how.kv == "project" else 0.0
+  layers = sum(
+    (stop - start) * (share * layer + (1 - share) * away) for share, (start, stop) in zip(shares, exits.segments)
+  )
+  if "layer_tokens" in realised:
+    layers = layer * float(realised["layer_tokens"][0]) / float(realised["layer_tokens"][1])
+  heads = sum(shares) if exits.reads_logits else 1.0
+  asked = sum(exits.asked_flops(which) * share for which, share in enumerate(shares))
+  entered = len(shares) if how.kv == "project" else sum(shares)
+  total = layers + heads * costs.head_flops(config) + asked + entered * loop
+  return dataclasses.replace(dense, flops_per_token=total)
