@@ -57,10 +57,11 @@ PASSES = {
   "pondernet": ("ponder", dict(), dict(signal="learned", thresholds=(0.8,))),
   "pondernet_exact": ("ponder", dict(), dict(signal="learned", thresholds=(0.8,), kv="exact")),
   "act": ("ponder", dict(halting="act"), dict(signal="learned", thresholds=(0.9,), kv="latest")),
+  "recompute": ("ponder", dict(), dict(signal="learned", thresholds=(0.8,), kv="recompute", wait=3)),
   "act_exact": ("ponder", dict(halting="act"), dict(signal="learned", thresholds=(0.9,), kv="exact", wait=2)),
   "stability": ("recurrent_depth", dict(core=2), dict(signal="stability", thresholds=(0.4,))),
   "latest": ("recurrent_depth", dict(core=2), dict(signal="stability", thresholds=(0.4,), kv="latest")),
-  "saturation": ("recurrent_depth", dict(core=2), dict(signal="saturation", thresholds=(0.0,), kv="hole")),
+  "saturation": ("recurrent_depth", dict(core=2), dict(signal="saturation", thresholds=(0.0,), kv="copy")),
 }
 CASES += [("early_exit", "project", 0), *(("early_exit", rule, 3) for rule in EXITS)]
 # Of exits that were learned, by method; SEC stops some tokens.
@@ -84,7 +85,7 @@ def case(name: str, variant: str, index: int):
     settings = dict(num_recursions=3, **{**dials, **RECURSIONS[variant]})
   elif name == MOD:
     config, settings = tiny.model_config(qk_norm=True), dict(capacity=0.5, capacity_scales=(0.5,), **DEPTHS[variant])
-  elif variant in PASSES:
+  elif name in ("ponder", "recurrent_depth"):
     config = tiny.model_config(num_layers=7, qk_norm=True)
     _, more, how = PASSES[variant]
     settings = dict(num_recursions=3, prelude=1, **more, exit=exits.Exiting(**how))

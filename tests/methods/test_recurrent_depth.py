@@ -289,6 +289,7 @@ def test_it_begins_with_the_layers_of_a_dense_model():
     (dict(mean_recursions=0.0), "method.mean_recursions=0.0 must be more than 0"),
     (dict(state_std=-0.5), "method.state_std"),
     (dict(exit=Exiting(kv="exact")), "method.exit.kv='exact' cannot"),
+    (dict(exit=Exiting(kv="recompute")), "method.exit.kv='recompute' cannot"),
     (dict(exit=Exiting(depths=(3,))), r"method.exit.depths=\(3,\)"),
     (dict(exit=Exiting(signal="learned")), "method.exit.signal='learned'"),
   ],

@@ -72,7 +72,10 @@ class Config:
     require(
       not self.exit.depths, f"method.exit.depths={self.exit.depths}: here a token may leave after every pass, or none"
     )
-    require(self.exit.kv != "exact", "method.exit.kv='exact' cannot resume a pass: choose 'project' or 'latest'")
+    kv = self.exit.kv
+    require(
+      kv not in ("exact", "recompute"), f"method.exit.kv={kv!r} cannot resume a pass: choose 'project' or 'latest'"
+    )
 
   @property
   def looped(self) -> recursion.Looped:
