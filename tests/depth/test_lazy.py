@@ -63,8 +63,7 @@ def test_layer_tokens_are_the_suffix_maxima_of_the_exits():
   assert worked < CONFIG.num_layers * len(depths)
 
 
-@pytest.mark.parametrize("wait", [1, 3, 32])
-@pytest.mark.parametrize("threshold", [0.05, 0.22, 0.2, 2.0])
+@pytest.mark.parametrize(("wait", "threshold"), [(1, 0.05), (3, 0.22), (32, 0.2), (3, 2.0)])
 def test_never_more_layer_tokens_than_the_full_model(wait, threshold):
   _, _, batch, _, decoder = case(wait, threshold)
   _, metrics = decoded(decoder, batch)

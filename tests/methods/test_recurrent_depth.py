@@ -165,6 +165,7 @@ def gradients(backprop, passes):
   return jax.jit(jax.value_and_grad(loss))(params), jax.jit(hand)(params, copies)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("backprop", "passes"), [(1, 3), (2, 3), (8, 2)])
 def test_the_gradient_goes_through_the_last_passes_only(backprop, passes):
   (value, found), (want_value, (rest, cores)) = gradients(backprop, passes)

@@ -62,6 +62,7 @@ def test_the_command_trains_from_there(place, tmp_path):
   assert lines[0]["loss"] != next(line for line in tiny_run.lines(tmp_path / "cold") if "loss" in line)["loss"]
 
 
+@pytest.mark.slow
 def test_a_second_stage_begins_where_the_first_one_ended(place, tmp_path):
   """FiRST's: routers on a frozen model, then all; and the model that the first stage begins with stays as it is."""
   data, workdir, trained = place
