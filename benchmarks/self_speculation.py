@@ -5,9 +5,9 @@
 
 Prompts are pieces of held-out text; all are continued greedily by the same number of tokens; caches, embedding, head
 and sampling are counted. `fixed` is LayerSkip's: one exit, one length, for all that are asked for; `chosen` is DEL's,
-anew in every round. Systems take turns, and ratios are to plain decoding in the same turn. Beside the time: tokens of a
-round, share of drafted tokens that were accepted, layers run one after the other for a token (`calls`), and how many
-prompts were continued by the very same tokens.
+anew in every round, by layers as in the paper or by the seconds that rounds took. Systems take turns, and ratios are to
+plain decoding in the same turn. Beside the time: tokens of a round, share of drafted tokens that were accepted, layers
+run one after the other for a token (`calls`), and how many prompts were continued by the very same tokens.
 """
 
 import argparse
@@ -49,7 +49,9 @@ def main() -> None:
       systems[label] = SpeculativeGenerator(ladder, vocab, Fixed(0, tokens), greedy)
       layers[label] = ladder.layers[0]
   if not any(every.tails):
-    systems["chosen"] = SpeculativeGenerator(every, vocab, Chooser(every.layers[:-1], every.layers[-1]), greedy)
+    for label, measured in (("chosen by layers", False), ("chosen by seconds", True)):
+      choice = Chooser(every.layers[:-1], every.layers[-1], measured=measured)
+      systems[label] = SpeculativeGenerator(every, vocab, choice, greedy)
 
   def go(generator: Generator) -> tuple[float, list[list[int]], dict]:
     """Seconds, tokens and what was measured, of all prompts."""

@@ -1,7 +1,8 @@
 """Which draft a round of self-speculative decoding takes, and how many tokens of it: always the same, or the best yet.
 
 DEL (Zarch et al., arXiv 2504.05598) keeps, for every exit, how often its token was the model's, from passes that are
-made anyway, and takes the exit and the length with the most expected tokens per layer that runs one after the other.
+made anyway, and takes the exit and the length with the most expected tokens per layer that runs one after the other,
+or, since layers are not what a user waits for, per second (`adaptive.generation.round_costs`).
 """
 
 import dataclasses
@@ -10,6 +11,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from adaptive.config import require
+from adaptive.generation.round_costs import RoundCosts
+
+_BETTER = 1.03  # another draft or length must promise so much more than the last: each is a program to compile
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +47,7 @@ class Fixed:
     """Draft, tokens, and the probability below which it stops."""
     return self.draft, self.tokens, 0.0
 
-  def observe(self, metrics: Mapping[str, tuple]) -> None:
+  def observe(self, metrics: Mapping[str, tuple], taken: tuple[int, int] | None, seconds: float | None) -> None:
     """Nothing is learned."""
 
 
@@ -58,6 +62,8 @@ class Chooser:
     decay: of what was counted, in each round (omega in the paper).
     stop_when_unsure: whether a draft ends early when it is less sure than midway between right and wrong ones, as in
       the paper; it pays where drafted tokens are dear.
+    measured: whether rounds are judged by the seconds they take rather than by layers. What is chosen then depends on
+      the machine, and so does what is sampled; greedy decoding has one output.
   """
 
   def __init__(
@@ -68,9 +74,11 @@ class Chooser:
     overhead: float = 1.0,
     decay: float = 0.95,
     stop_when_unsure: bool = False,
+    measured: bool = False,
   ):
     require(len(layers) > 0, "there is no draft to choose from")
-    self._layers, self._full, self._lengths = np.array(layers) + overhead, full, np.array(lengths)
+    self._lengths, self._measured, self._last = np.array(lengths), measured, None
+    self._costs = RoundCosts(layers, full, lengths, overhead)
     self._decay, self.stops = decay, stop_when_unsure
     self._agreed, self._seen = np.zeros((2, len(layers)))
     self._sure = {"sure_if_right": np.zeros(2), "sure_if_wrong": np.zeros(2)}
@@ -81,7 +89,7 @@ class Chooser:
 
   @property
   def drafts(self) -> tuple[int, ...]:
-    return tuple(range(len(self._layers)))
+    return tuple(range(len(self._seen)))
 
   @property
   def rates(self) -> np.ndarray:
@@ -90,8 +98,14 @@ class Chooser:
 
   def choose(self) -> tuple[int, int, float]:
     """Draft, tokens, and the probability below which it stops."""
-    gain = tokens_per_layer(self.rates[:, None], self._lengths[None], self._layers[:, None], self._full)
-    draft, length = np.unravel_index(np.argmax(gain), gain.shape)
+    pair = self._costs.probe() if self._measured else None
+    if pair is None:
+      gain = expected_tokens(self.rates[:, None], self._lengths[None]) / self._costs.table
+      pair = np.unravel_index(np.argmax(gain), gain.shape)
+      if self._measured and self._last is not None and gain[pair] < _BETTER * gain[self._last]:
+        pair = self._last
+      self._last = pair
+    draft, length = pair
     return int(draft), int(self._lengths[length]), self._doubt()
 
   def _doubt(self) -> float:
@@ -100,20 +114,27 @@ class Chooser:
       return 0.0
     return float((right[0] / right[1] + wrong[0] / wrong[1]) / 2)
 
-  def observe(self, metrics: Mapping[str, tuple]) -> None:
-    """What a round, or the prompts, showed."""
+  def observe(self, metrics: Mapping[str, tuple], taken: tuple[int, int] | None, seconds: float | None) -> None:
+    """What a round, or the prompts, showed.
+
+    Args:
+      taken: draft and tokens of the round; None for prompts. seconds: that it took; None where nobody knows.
+    """
     found = np.array([metrics[f"agrees/{draft}"] for draft in self.drafts], np.float64)
     self._agreed = self._decay * self._agreed + found[:, 0]
     self._seen = self._decay * self._seen + found[:, 1]
     for name, kept in self._sure.items():
       if name in metrics:
         self._sure[name] = self._decay * kept + np.array(metrics[name], np.float64)
+    if self._measured and taken is not None and seconds is not None:
+      draft, tokens = taken
+      self._costs.observe(draft, int(np.flatnonzero(self._lengths == tokens)[0]), seconds)
 
 
-def tokens_per_layer(rate: np.ndarray, tokens: np.ndarray, layers: np.ndarray, full: int) -> np.ndarray:
-  """TPL of DEL (eq. 4): expected tokens of a round over the layers that it runs one after the other.
+def expected_tokens(rate: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+  """Of a round that drafts so many, each right with this probability: (1 - a^(d + 1)) / (1 - a), DEL, eq. 4.
 
-  (1 - a^(d + 1)) / (1 - a) tokens, since one more is right after the last accepted; d l + L layers.
+  One more is right after the last accepted.
   """
   rate = np.minimum(rate, 1 - 1e-9)
-  return (1 - rate ** (tokens + 1)) / (1 - rate) / (tokens * layers + full)
+  return (1 - rate ** (tokens + 1)) / (1 - rate)

@@ -8,6 +8,8 @@ Greedy decoding gives the tokens of the model alone; sampling has its distributi
 Theorem 1). Every row accepts as many tokens as are right for it.
 """
 
+import collections
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -70,6 +72,8 @@ class SpeculativeGenerator(loop.Generator):
       "drafts that have layers of their own cannot be changed from round to round: name one",
     )
     self._spare = 2 * (choice.most + 1)  # the host is one round late, and a round may overshoot
+    self._taken: collections.deque[tuple[int, int] | None] = collections.deque()  # rounds that were not read yet
+    self._read = (0.0, 0.0)  # when the last one was read, and the seconds of compilation until then
 
   def _next(self, compile_next: Callable[..., Callable]) -> Callable:
     """Picks the round's draft and its length, each pair a program that is compiled when first chosen."""
@@ -80,12 +84,22 @@ class SpeculativeGenerator(loop.Generator):
       if (draft, tokens) not in programs:
         function = lambda *args: self._round(draft, tokens, *args)
         programs[draft, tokens] = compile_next(function, np.float32(0))
+      self._taken.append((draft, tokens))
       return programs[draft, tokens](*args, np.float32(doubt))
 
     return following
 
+  def __call__(self, *args, **kwargs) -> loop.Result:
+    self._taken = collections.deque([None])  # the prompts' pass; what an interrupted call left is forgotten
+    return super().__call__(*args, **kwargs)
+
   def _observe(self, sampled: Sampled) -> None:
-    self._choice.observe(sampled.metrics)
+    """The device goes from round to round without a pause, so that what lies between two of them is the later's."""
+    now, (then, compiling) = (time.perf_counter(), self._compiling), self._read
+    taken = self._taken.popleft()
+    known = taken is not None and now[1] == compiling  # while the host compiles, nobody looks at the clock
+    self._read = now
+    self._choice.observe(sampled.metrics, taken, now[0] - then if known else None)
 
   def _first(self, slots: int, params: Params, tokens, counts, numbers, seed) -> tuple[Cache, Rows, Sampled]:
     ladder, drafts = self._ladder, self._choice.drafts

@@ -8,7 +8,7 @@ import pytest
 import tiny
 
 from adaptive.config import ConfigError
-from adaptive.generation.drafts import Chooser, Fixed, tokens_per_layer
+from adaptive.generation.drafts import Chooser, Fixed, expected_tokens
 from adaptive.generation.loop import Generator
 from adaptive.generation.sampling import Sampling
 from adaptive.generation.speculative import SpeculativeGenerator
@@ -192,13 +192,17 @@ class _Anything:
   most, drafts, stops = 5, (0, 1, 2), True
 
   def __init__(self, seed):
-    self._rng, self.seen = np.random.default_rng(seed), []
+    self._rng, self.seen, self.taken, self.made = np.random.default_rng(seed), [], [], []
 
   def choose(self):
-    return int(self._rng.integers(3)), int(self._rng.choice([1, 3, 5])), float(self._rng.choice([0.0, 0.2, 0.6]))
+    draft, tokens = int(self._rng.integers(3)), int(self._rng.choice([1, 3, 5]))
+    self.made.append((draft, tokens))
+    return draft, tokens, float(self._rng.choice([0.0, 0.2, 0.6]))
 
-  def observe(self, metrics):
+  def observe(self, metrics, taken, seconds):
     self.seen.append(metrics)
+    self.taken.append(taken)
+    assert seconds is None or (seconds > 0 and taken is not None)
 
 
 def test_any_sequence_of_choices_gives_the_same_tokens():
@@ -206,6 +210,7 @@ def test_any_sequence_of_choices_gives_the_same_tokens():
   choice = _Anything(0)
   found = SpeculativeGenerator(method.ladder(model, params, None), VOCAB, choice, GREEDY)(PROMPTS, 25)
   assert found.tokens == plain("layer_skip")(PROMPTS, 25).tokens
+  assert choice.taken == [None, *choice.made[: len(choice.taken) - 1]]  # rounds are told in the order of their choice
   counted = [metrics["agrees/1"] for metrics in choice.seen]
   assert all(0 <= agreed <= seen for agreed, seen in counted)
 
@@ -248,15 +253,16 @@ def test_the_choice_is_the_best_by_simulated_throughput():
   draft, tokens, doubt = chooser.choose()
   assert table[draft, tokens] > 0.98 * max(table.values())
   assert doubt == 0.0
-  assert tokens_per_layer(0.5, 1, 2, 8) == pytest.approx(1.5 / 10)
+  assert expected_tokens(0.5, 1) == pytest.approx(1.5)
 
 
 def test_old_counts_fade_and_doubt_is_midway():
   chooser = Chooser((1, 2), 4, decay=0.5, stop_when_unsure=True)
   for agreed in (4.0, 0.0):
-    chooser.observe({"agrees/0": (agreed, 4.0), "agrees/1": (2.0, 4.0)})
+    chooser.observe({"agrees/0": (agreed, 4.0), "agrees/1": (2.0, 4.0)}, None, None)
   np.testing.assert_allclose(chooser.rates, [(2.0 + 0.5) / (6 + 1), (3 + 0.5) / (6 + 1)])
-  chooser.observe({"agrees/0": (0, 0), "agrees/1": (0, 0), "sure_if_right": (1.8, 2.0), "sure_if_wrong": (0.5, 1.0)})
+  sure = {"sure_if_right": (1.8, 2.0), "sure_if_wrong": (0.5, 1.0)}
+  chooser.observe({"agrees/0": (0, 0), "agrees/1": (0, 0), **sure}, None, None)
   assert chooser.choose()[2] == pytest.approx((0.9 + 0.5) / 2)
 
 

@@ -1,0 +1,58 @@
+"""What a round of self-speculative decoding costs, for every draft and length: in layers, or in measured seconds.
+
+DEL counts the layers that run one after the other, as if checking many tokens took as long as running one. On an
+accelerator that is nearly so. On a CPU it is not, and nowhere is a drafted token's head free. Seconds of a few rounds
+tell what a layer costs for a token that is drafted, for a pass that checks, and for every token in that pass.
+"""
+
+import collections
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+from scipy.optimize import nnls
+
+_KEPT = 9  # rounds of a pair, of which the median counts: one slow round is somebody else's
+_PROBES = 3  # rounds of each pair that is tried before anything is known
+
+
+class RoundCosts:
+  """Cost of a round, by draft and length.
+
+  Args:
+    layers: that each draft runs. full: layers of the model. lengths: that a round may draft.
+    overhead: of a drafted token beside its layers, in layers, while no seconds are known.
+  """
+
+  def __init__(self, layers: Sequence[int], full: int, lengths: Sequence[int], overhead: float):
+    below, tokens = np.array(layers, np.float64)[:, None], np.array(lengths, np.float64)[None]
+    self._counted = tokens * (below + overhead) + full  # DEL, eq. 4: d l + L
+    above = full - below + 0 * tokens
+    # A drafted token's layers, which the last of them runs too; its head; a pass over the layers above; their tokens.
+    self._parts = np.stack([(tokens + 1) * below, tokens + 0 * below, above, above * (tokens + 1)], axis=-1)
+    self._seconds: dict[tuple[int, int], collections.deque[float]] = {}
+    shape = self._counted.shape
+    # The cheapest and a middling draft, short and long: what a round costs is a sum of four parts.
+    pairs = itertools.product((0, shape[0] // 2), (min(1, shape[1] - 1), shape[1] // 2))
+    self._untried = [pair for pair in dict.fromkeys(pairs) for _ in range(_PROBES)]
+
+  def probe(self) -> tuple[int, int] | None:
+    """A draft and a length, both as indices, to take next for the sake of its seconds; None when enough is known."""
+    return self._untried.pop(0) if self._untried else None
+
+  def observe(self, draft: int, length: int, seconds: float) -> None:
+    """What a round of this pair, both as indices, took."""
+    self._seconds.setdefault((draft, length), collections.deque(maxlen=_KEPT)).append(seconds)
+
+  @property
+  def table(self) -> np.ndarray:
+    """Costs [e, l]: seconds, those of untried pairs from those of the tried ones; layers while no round was timed."""
+    if not self._seconds:
+      return self._counted
+    pairs = tuple(np.array(list(self._seconds)).T)
+    seconds = np.array([np.median(kept) for kept in self._seconds.values()])
+    # Relative errors count: a long round must not decide alone. The parts are not negative.
+    weights, _ = nnls(self._parts[pairs] / seconds[:, None], np.ones(len(seconds)))
+    table = self._parts @ weights
+    table[pairs] = seconds
+    return table
