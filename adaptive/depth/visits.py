@@ -15,6 +15,7 @@ masked, and it can be differentiated. `step` runs a few new tokens of each row o
 for its keys, when none of the new tokens makes it.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -30,11 +31,21 @@ Rule = Literal["project", "copy", "hole"]
 KeyValues = Literal["project", "copy", "latest", "hole", "exact", "recompute"]
 
 
+EMPTY = jnp.iinfo(jnp.int32).max  # a place that no query has reached
+
+
 class Cache(NamedTuple):
-  """Of one visit: keys and values [b, k, s, h]; which slots hold any, bool [b, s], or None where all past ones do."""
+  """Of one visit.
+
+  Attributes:
+    kv: keys and values [b, k, s, h].
+    index: under `hole`, which stores tokens one after the other and needs no more room than so many make the visit:
+      the place in its row of the token in each slot, int32 [b, s], `EMPTY` where there is none. Else None: a token's
+      slot is its place.
+  """
 
   kv: LayerCache
-  held: jax.Array | None
+  index: jax.Array | None
 
 
 def key_value(config: ModelConfig, layer: Params, x: jax.Array, context: Context) -> LayerCache:
@@ -105,9 +116,19 @@ def visible(active: jax.Array) -> jax.Array:
 
 
 def empty(config: ModelConfig, rule: Rule, batch_size: int, slots: int) -> Cache:
-  """Of one visit, with nothing in it."""
-  held = jnp.zeros((batch_size, slots), bool) if rule == "hole" else None
-  return Cache(decoding.empty_layer(config, batch_size, slots), held)
+  """Of one visit, with nothing in it; under `hole`, with room for so many tokens that make it."""
+  index = jnp.full((batch_size, slots), EMPTY) if rule == "hole" else None
+  return Cache(decoding.empty_layer(config, batch_size, slots), index)
+
+
+def room(share: float, slots: int) -> int:
+  """Slots under `hole` for at most a share of `slots` tokens; all of them from 1 on."""
+  return min(slots, math.ceil(min(share, 1.0) * slots) + 1)  # one to spare, since budgets are computed in float32
+
+
+def cut_back(cache: Cache, start: jax.Array) -> Cache:
+  """With nothing in it from place `start` [b] on: what was refused may be another visit's when it comes again."""
+  return cache._replace(index=jnp.where(cache.index < start[:, None], cache.index, EMPTY))
 
 
 def step(
@@ -153,7 +174,7 @@ def _swap(kv: LayerCache) -> LayerCache:
 
 
 def _visit(config, layer, x, context: Context, active, rule: Rule, cache: Cache, last: LayerCache):
-  block, (kv, held) = Block(config), cache
+  block, (kv, index) = Block(config), cache
   if rule == "copy":
     last = _where(active, key_value(config, layer, x, context), last)
     kv = write(kv, _swap(last), context.slots)
@@ -161,8 +182,16 @@ def _visit(config, layer, x, context: Context, active, rule: Rule, cache: Cache,
   elif rule == "project":
     y, kv = block.apply({"params": layer}, x, context, kv)
   else:
-    slots = jnp.where(active, context.slots, held.shape[1])
-    held = jax.vmap(lambda row, slot: row.at[slot].set(True, mode="drop"))(held, slots)
-    mask = context.mask & held[:, None, None]
-    y, kv = block.apply({"params": layer}, x, context._replace(slots=slots, mask=mask), kv)
-  return jnp.where(active[..., None], y, x), Cache(kv, held), last
+    inside, index = _enter(context, active, index)
+    y, kv = block.apply({"params": layer}, x, inside, kv)
+  return jnp.where(active[..., None], y, x), Cache(kv, index), last
+
+
+def _enter(context: Context, active: jax.Array, index: jax.Array) -> tuple[Context, jax.Array]:
+  """The next free slots for the active tokens, with what they may see; and the places in the slots with theirs in."""
+  used = jnp.sum(index != EMPTY, axis=1, keepdims=True)
+  slots = jnp.where(active, used + jnp.cumsum(active, axis=1) - 1, index.shape[1])
+  put = jax.vmap(lambda row, slot, place: row.at[slot].set(place, mode="drop"))
+  index = put(index, slots, context.slots)
+  seen = index[:, None, :] <= context.slots[:, :, None]
+  return context._replace(slots=slots, mask=seen[:, None]), index

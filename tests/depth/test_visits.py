@@ -145,3 +145,28 @@ def test_gradients_flow_through_visits_and_stop_where_a_token_stays_away():
   size = lambda layer: max(float(jnp.abs(leaf[layer]).max()) for leaf in jax.tree.leaves(grads["layers"]))
   assert size(0) > 0 < size(2)
   assert size(1) == 0
+
+
+def test_a_hole_needs_room_for_those_that_visit_and_no_less():
+  params, empty, step, tokens, want = played("hole", 0)
+  n, full = plan("token", 3, 8, 2), empty(3, 8)
+  most = [int((n[layer] > visit).sum(axis=1).max()) for layer in range(CONFIG.num_layers) for visit in range(2)]
+  assert max(most[1::2]) < 8  # some of the second visits
+
+  def last_logits(rooms):
+    own = tuple(visits.empty(CONFIG, "hole", 3, room) for room in rooms)
+    return step(params, tokens, np.full(3, 8, np.int32), full._replace(layers=own))[0]
+
+  np.testing.assert_allclose(last_logits(most), want[:, -1], rtol=2e-5, atol=2e-5)
+  assert not np.allclose(last_logits([most[0] - 1, *most[1:]]), want[:, -1], atol=1e-4)
+
+
+def test_a_hole_cut_back_forgets_whom_it_held_from_there_on():
+  cache = visits.empty(CONFIG, "hole", 2, 4)._replace(index=jnp.array([[0, 3, 5, visits.EMPTY], [1, 2, 4, 6]]))
+  index = visits.cut_back(cache, jnp.array([4, 2])).index
+  none = visits.EMPTY
+  np.testing.assert_array_equal(index, [[0, 3, none, none], [1, none, none, none]])
+
+
+def test_room_is_for_a_share_of_the_tokens():
+  assert [visits.room(share, 16) for share in (0.25, 0.3, 1.0, float("inf"))] == [5, 6, 16, 16]

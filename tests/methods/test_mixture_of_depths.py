@@ -340,3 +340,15 @@ def test_a_routed_layer_that_no_token_passes_is_not_run():
     assert (left, run) == (0, 9)
   outside = sum(e.primitive.name == "dot_general" for e in program.eqns)
   assert outside == 2 * 9 + 2 + 1
+
+
+def test_a_bounded_sub_model_has_a_smaller_cache():
+  model, params, _ = made("router")
+
+  def slots(submodel):
+    caches = mod.decoder(model, params, submodel).empty_cache(1, 256).layers
+    return [next(leaf.shape[2] for leaf in jax.tree.leaves(cache) if leaf.ndim == 4) for cache in caches]
+
+  (bounded,) = (s for s in mod.submodels(model) if "capacity_scale" in dict(s.dial))
+  assert slots(mod.submodels(model)[-1]) == [256] * 4
+  assert slots(bounded) == [256, 65, 256, 65]  # a half of the half of the tokens that training takes, and one to spare

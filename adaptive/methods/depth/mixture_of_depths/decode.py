@@ -1,4 +1,6 @@
-"""Token by token: a cache for each layer; a routed layer that no new token passes is not run."""
+"""Token by token: a cache for each layer, a routed one's with room for the tokens that may pass it; a routed layer that
+no new token passes is not run.
+"""
 
 from typing import NamedTuple
 
@@ -17,7 +19,7 @@ class Cache(NamedTuple):
   """What the past left behind.
 
   Attributes:
-    layers: keys and values of each layer, and of routed ones also which slots hold any. lengths: tokens, int32 [b].
+    layers: keys and values of each layer, and of routed ones also whose they are. lengths: tokens, int32 [b].
     counts: tokens that passed each routed layer, int32 [b] each.
   """
 
@@ -31,14 +33,15 @@ def decoder(model: nn.Module, params: Params, rule: Rule) -> Decoder:
   config = model.config
 
   def empty_cache(batch_size: int, slots: int) -> Cache:
-    plain, hole = decoding.empty_layer(config, batch_size, slots), visits.empty(config, "hole", batch_size, slots)
+    plain, passing = decoding.empty_layer(config, batch_size, slots), model.method.bound(rule.capacity_scale)
+    hole = visits.empty(config, "hole", batch_size, visits.room(passing, slots))
     nothing = jnp.zeros((batch_size,), jnp.int32)
     layers = tuple(hole if layer in model.routed else plain for layer in range(config.num_layers))
     return Cache(layers, nothing, (nothing,) * len(model.routed))
 
   def step(params: Params, tokens: jax.Array, counts: jax.Array, cache: Cache) -> tuple[jax.Array, Cache, Metrics]:
-    length, first = tokens.shape[1], cache.layers[0]
-    slots = (first.kv if isinstance(first, visits.Cache) else first).key.shape[2]
+    length = tokens.shape[1]
+    slots = max(leaf.shape[2] for leaf in jax.tree.leaves(cache.layers) if leaf.ndim == 4)
     context = decoding.context_of(config, cache.lengths, counts, length, slots)
     offsets = jnp.arange(length, dtype=jnp.int32)[None]
     positions, real = cache.lengths[:, None] + offsets, offsets < counts[:, None]

@@ -1,11 +1,10 @@
 """Token by token: a cache for each recursion, of each row's own length, and recursions that nobody needs left out.
 
-With `recursion_wise` keys a recursion's cache holds the tokens that passed it, one after the other, with their
-positions; `shared` has one cache for all recursions, and `hybrid` one for each, with the first's keys where a token did
-not pass (Section 2.2.2 of the paper).
+A recursion is a visit of the shared block. With `recursion_wise` keys it leaves a hole where a token does not pass, and
+its cache has room for those that may; with `hybrid` ones a copy of the first recursion's keys. `shared` has one cache
+for all recursions (Section 2.2.2 of the paper).
 """
 
-import math
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -15,11 +14,10 @@ import jax.numpy as jnp
 from adaptive import recursion
 from adaptive.backbone import decoding
 from adaptive.backbone.attention import Context, LayerCache
+from adaptive.depth import visits
 from adaptive.methods.contract import Decoder, Metrics, Params
 from adaptive.methods.depth.mixture_of_recursions import causal
 from adaptive.methods.depth.mixture_of_recursions.causal import Rule
-
-EMPTY = jnp.iinfo(jnp.int32).max  # a position that no query has reached
 
 
 class Cache(NamedTuple):
@@ -29,44 +27,36 @@ class Cache(NamedTuple):
     lengths: tokens of each row, int32 [b].
     before, after: keys and values of each layer around the loop.
     block: of each layer of the shared block, by recursion.
-    index: position of the token in each slot, int32 [b, slots], by recursion; with `recursion_wise` keys only.
     counts: tokens that passed each recursion, int32 [r, b].
   """
 
   lengths: jax.Array
   before: tuple[LayerCache, ...]
   after: tuple[LayerCache, ...]
-  block: tuple[tuple[LayerCache, ...], ...]
-  index: tuple[jax.Array, ...]
+  block: tuple[tuple[visits.Cache, ...], ...]
   counts: jax.Array
 
   @property
   def room(self) -> int:
     """Slots of the layers that every token passes."""
-    return (self.before or self.block[0])[0].key.shape[2]
-
-
-def slots_of(model: nn.Module, rule: Rule, which: int, slots: int) -> int:
-  """Tokens that a recursion has to have room for, when a row may have `slots`."""
-  alone = model.method.kv_cache == "recursion_wise"
-  share = min(1.0, model.method.bound(which, rule.capacity_scale)) if alone else 1.0
-  return min(slots, math.ceil(share * slots) + 1)  # one to spare, since the bound is computed in float32
+    return max(leaf.shape[2] for leaf in jax.tree.leaves((self.before, self.block)) if leaf.ndim == 4)
 
 
 def empty_cache(model: nn.Module, rule: Rule, batch_size: int, slots: int) -> Cache:
-  def layers(number: int, room: int) -> tuple[LayerCache, ...]:
-    return tuple(decoding.empty_layer(model.config, batch_size, room) for _ in range(number))
+  def around() -> tuple[LayerCache, ...]:
+    return tuple(decoding.empty_layer(model.config, batch_size, slots) for _ in range(ends))
 
-  alone = model.method.kv_cache == "recursion_wise"
-  caches = 1 if model.method.kv_cache == "shared" else rule.recursions
-  rooms = [slots_of(model, rule, which, slots) for which in range(caches)]
-  ends = int(model.sharing.middle)
+  def own(which: int) -> tuple[visits.Cache, ...]:
+    room = visits.room(model.method.bound(which, rule.capacity_scale), slots) if rule_of == "hole" else slots
+    return tuple(visits.empty(model.config, rule_of, batch_size, room) for _ in range(model.sharing.block_size))
+
+  kind, ends = model.method.kv_cache, int(model.sharing.middle)
+  rule_of = "hole" if kind == "recursion_wise" else "project"
   return Cache(
     lengths=jnp.zeros((batch_size,), jnp.int32),
-    before=layers(ends, slots),
-    after=layers(ends, slots),
-    block=tuple(layers(model.sharing.block_size, room) for room in rooms),
-    index=tuple(jnp.full((batch_size, room), EMPTY, jnp.int32) for room in rooms) if alone else (),
+    before=around(),
+    after=around(),
+    block=tuple(own(which) for which in range(1 if kind == "shared" else rule.recursions)),
     counts=jnp.zeros((model.method.num_recursions, batch_size), jnp.int32),
   )
 
@@ -128,45 +118,35 @@ def step_of(model, rule: Rule, params: Params, tokens, counts, cache: Cache) -> 
 
 
 def recursion_of(
-  model, layers: tuple[Params, ...], which: int, x: jax.Array, keep: jax.Array, cache: Cache, at: Position
+  model: nn.Module, layers: tuple[Params, ...], which: int, x: jax.Array, keep: jax.Array, cache: Cache, at: Position
 ) -> tuple[jax.Array, Cache]:
-  """The shared block on those of the new tokens that are kept; nothing at all when none is."""
-  kind = model.method.kv_cache
-  own = cache.block[0 if kind == "shared" else which]
-  index = cache.index[which] if kind == "recursion_wise" else None
-  if kind == "hybrid" and which > 0:
-    own = _with_new(own, cache.block[0], at)
+  """The shared block on those of the new tokens that are kept; nothing at all, but for keys, when none is.
 
-  def run(x, own, index):
-    context = at.context
-    if kind == "recursion_wise":
-      context, index = _compact(cache.counts[which], keep, index, at)
-    elif which > 0:
-      slots = None if kind == "shared" else jnp.where(keep, at.positions, own[0].key.shape[2])
-      context = context._replace(slots=slots)
-    return *decoding.run_layers(model.config, layers, x, context, own), index
-
-  output, own, index = jax.lax.cond(jnp.any(keep), run, lambda x, own, index: (x, own, index), x, own, index)
-  block, indices = list(cache.block), list(cache.index)
-  if kind != "shared" or which == 0:
-    block[which] = own
-  if kind == "recursion_wise":
-    indices[which] = index
+  The first recursion of `shared` and `hybrid` takes all tokens. What it leaves later ones read, or copy.
+  """
+  kind, block = model.method.kv_cache, cache.block
+  if kind == "shared" and which > 0:
+    x = _read(model, layers, x, keep, block[0], at)
+  else:
+    rule = "hole" if kind == "recursion_wise" else "copy" if which else "project"
+    own = []
+    for layer, mine, first in zip(layers, block[which], block[0], strict=True):
+      last = _entries(first.kv, at.positions) if rule == "copy" else visits.nothing(model.config, x)
+      x, (mine,), _ = visits.step(model.config, (layer,), x, at.context, keep, rule, (mine,), last)
+      own.append(mine)
+    block = (*block[:which], tuple(own), *block[which + 1 :])
   counts = cache.counts.at[which].add(jnp.sum(keep, axis=1, dtype=jnp.int32))
-  return output, cache._replace(block=tuple(block), index=tuple(indices), counts=counts)
+  return x, cache._replace(block=block, counts=counts)
 
 
-def _compact(count: jax.Array, keep: jax.Array, index: jax.Array, at: Position) -> tuple[Context, jax.Array]:
-  """The next free slots for the kept tokens, and the slots' positions with them in."""
-  room = index.shape[1]
-  slots = jnp.where(keep, count[:, None] + jnp.cumsum(keep, axis=1) - 1, room)
-  index = jax.vmap(lambda row, slot, position: row.at[slot].set(position, mode="drop"))(index, slots, at.positions)
-  mask = (index[:, None, :] <= at.positions[:, :, None])[:, None]
-  return at.context._replace(slots=slots, mask=mask), index
+def _read(model: nn.Module, layers: tuple[Params, ...], x, keep, first: tuple[visits.Cache, ...], at: Position):
+  """The block where it has no keys of its own: those of the first recursion are seen."""
+  context = at.context._replace(slots=None)
+  run = lambda x: decoding.run_layers(model.config, layers, x, context, [cache.kv for cache in first])[0]
+  return jax.lax.cond(jnp.any(keep), run, lambda x: x, x)
 
 
-def _with_new(own: tuple[LayerCache, ...], base: tuple[LayerCache, ...], at: Position) -> tuple[LayerCache, ...]:
-  """A recursion's caches with the first one's keys and values for the new tokens."""
-  slots = jnp.arange(own[0].key.shape[2])
-  new = jnp.any((slots[None, None] == at.positions[:, :, None]) & at.real[:, :, None], axis=1)
-  return jax.tree.map(lambda mine, theirs: jnp.where(new[:, None, :, None], theirs, mine), own, base)
+def _entries(cache: LayerCache, positions: jax.Array) -> LayerCache:
+  """Keys and values [b, k, t, h] of the tokens at positions [b, t]; those of padding mean nothing."""
+  at = jnp.minimum(positions, cache.key.shape[2] - 1)[:, None, :, None]
+  return jax.tree.map(lambda leaf: jnp.take_along_axis(leaf, at, axis=2), cache)

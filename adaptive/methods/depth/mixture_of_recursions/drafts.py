@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from adaptive.backbone import decoding
 from adaptive.backbone.attention import LayerCache
+from adaptive.depth import visits
 from adaptive.depth.ladder import At, Ladder
 from adaptive.methods.contract import Params
 from adaptive.methods.depth.mixture_of_recursions import causal, decode
@@ -94,8 +95,8 @@ def _place(model: nn.Module, x: jax.Array, at: At, cache: decode.Cache) -> decod
 
 def _cut_back(cache: decode.Cache, which: int, start: jax.Array) -> decode.Cache:
   """A recursion's cache with nothing in it from position `start` [b] on."""
-  if not cache.index:
+  if cache.block[0][0].index is None:
     return cache
-  index = jnp.where(cache.index[which] < start[:, None], cache.index[which], decode.EMPTY)
-  counts = cache.counts.at[which].set(jnp.sum(index != decode.EMPTY, axis=1, dtype=jnp.int32))
-  return cache._replace(index=(*cache.index[:which], index, *cache.index[which + 1 :]), counts=counts)
+  own = tuple(visits.cut_back(layer, start) for layer in cache.block[which])
+  counts = cache.counts.at[which].set(jnp.sum(own[0].index != visits.EMPTY, axis=1, dtype=jnp.int32))
+  return cache._replace(block=(*cache.block[:which], own, *cache.block[which + 1 :]), counts=counts)

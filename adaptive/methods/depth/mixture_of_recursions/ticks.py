@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from adaptive.backbone import decoding
 from adaptive.backbone.attention import Context, LayerCache, rope_table
 from adaptive.config import require
+from adaptive.depth import visits
 from adaptive.methods.contract import Params, Ticker
 from adaptive.methods.depth.mixture_of_recursions import causal, decode
 from adaptive.methods.depth.mixture_of_recursions.blocks import gate
@@ -73,7 +74,7 @@ def ticker(model: nn.Module, params: Params, rule: Rule) -> Ticker:
 def _empty(model: nn.Module, slots: int, room: int) -> Slots:
   everything = Rule(model.method.num_recursions)  # room for any rule
   cache = decode.empty_cache(model, everything, slots, room)
-  index = jnp.stack(cache.index) if cache.index else jnp.zeros((0, slots, room), jnp.int32)
+  block, index = _by_layer(cache)
   return Slots(
     x=jnp.zeros((slots, model.config.d_model), model.config.dtype),
     which=jnp.full((slots,), IDLE, jnp.int32),
@@ -81,15 +82,16 @@ def _empty(model: nn.Module, slots: int, room: int) -> Slots:
     lengths=cache.lengths,
     before=cache.before,
     after=cache.after,
-    block=_by_layer(cache),
-    index=index,
+    block=block,
+    index=jnp.zeros((0, slots, room), jnp.int32) if index is None else index,
     counts=cache.counts,
   )
 
 
-def _by_layer(cache: decode.Cache) -> tuple[LayerCache, ...]:
-  """The block's caches by layer, with the recursions stacked."""
-  return jax.tree.map(lambda *parts: jnp.stack(parts), *cache.block)
+def _by_layer(cache: decode.Cache) -> tuple[tuple[LayerCache, ...], jax.Array | None]:
+  """The block's caches by layer, with the recursions stacked; and the places in their slots, the same in each layer."""
+  stacked = jax.tree.map(lambda *parts: jnp.stack(parts), *cache.block)
+  return tuple(layer.kv for layer in stacked), stacked[0].index
 
 
 def _advance(model: nn.Module, rule: Rule, params: Params, slots: Slots) -> Slots:
@@ -202,18 +204,17 @@ def _prefill(model: nn.Module, rule: Rule, params: Params, slots: Slots, chosen,
   # Behind the prompt lie keys of the slot's last request. No query sees them: positions there are later, or empty.
   fill = lambda leaf, new: leaf.at[target, :, :length].set(new, mode="drop")
   fill_each = lambda leaf, new: leaf.at[:, target, :, :length].set(new, mode="drop")
+  block, places = _by_layer(cache)
   index = slots.index
-  if cache.index:
-    positions = jnp.pad(
-      jnp.stack(cache.index), ((0, 0), (0, 0), (0, slots.room - length)), constant_values=decode.EMPTY
-    )
-    index = index.at[:, target].set(positions, mode="drop")
+  if places is not None:
+    places = jnp.pad(places, ((0, 0), (0, 0), (0, slots.room - length)), constant_values=visits.EMPTY)
+    index = index.at[:, target].set(places, mode="drop")
   return logits, slots._replace(
     which=slots.which.at[target].set(IDLE, mode="drop"),
     lengths=slots.lengths.at[target].set(cache.lengths, mode="drop"),
     before=jax.tree.map(fill, slots.before, cache.before),
     after=jax.tree.map(fill, slots.after, cache.after),
-    block=jax.tree.map(fill_each, slots.block, _by_layer(cache)),
+    block=jax.tree.map(fill_each, slots.block, block),
     index=index,
     counts=slots.counts.at[:, target].set(cache.counts, mode="drop"),
   )
