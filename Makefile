@@ -18,7 +18,7 @@ DEMO = $(RUNS)/demo$(if $(STEPS),-$(STEPS))
 SHORT = $(if $(STEPS),--config.training.steps=$(STEPS) --config.training.optimizer.warmup_steps=$$(( $(STEPS) / 6 )))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-faults lint bench clean
+.PHONY: help install demo test test-slow test-faults lint bench clean
 
 help:  ## Lists the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
@@ -29,8 +29,11 @@ demo: $(READY)  ## Trains SortedNet on Python's own source code, evaluates every
 	@"$(BIN)/python" train.py --config=configs/sorted_net_demo.py --workdir="$(DEMO)" $(SHORT)
 	@"$(BIN)/python" eval.py --workdir="$(DEMO)"
 
-test: $(READY)  ## Runs the test suite, the slow tests included, on all cores.
+test: $(READY)  ## Runs the test suite on all cores.
 	"$(BIN)/python" -m pytest -n auto --dist worksteal
+
+test-slow: $(READY)  ## Runs the tests that `make test` leaves out because they take long.
+	"$(BIN)/python" -m pytest -n auto --dist worksteal -m 'slow and not faults'
 
 test-faults: $(READY)  ## Kills runs and their processes, and looks whether anything was lost.
 	"$(BIN)/python" -m pytest -m faults -rA tests/faults

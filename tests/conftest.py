@@ -7,6 +7,7 @@ import os
 # own passes, which decide what is computed and sent where, stay on. `XLA_FLAGS= pytest` tests what users run.
 import jax
 import pytest
+import slow_list
 
 quick = "--xla_backend_optimization_level=0"
 if jax.__version_info__ < (0, 11):  # later ones do not know the flag; here it makes compiling three times as fast
@@ -15,6 +16,14 @@ os.environ.setdefault("XLA_FLAGS", quick)
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.hookimpl(tryfirst=True)  # before markers are asked for
+def pytest_collection_modifyitems(items):
+  slow = slow_list.names()
+  for item in items:
+    if item.nodeid in slow:
+      item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="module", autouse=True)

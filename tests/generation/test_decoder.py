@@ -127,7 +127,7 @@ def run(decoder, tokens, counts_of_calls, slots=LENGTH):
 def test_token_by_token_is_one_forward_pass(which):
   decoder, tokens, expected = case(*which)
   for done, logits, _ in run(decoder, tokens, [(1, 1, 1)] * LENGTH):
-    np.testing.assert_allclose(logits, expected[:, done[0] - 1], atol=1e-5)
+    np.testing.assert_allclose(logits, expected[:, done[0] - 1], rtol=1e-5, atol=1e-5)
   assert np.abs(expected).max() > 1
 
 
@@ -137,7 +137,7 @@ def test_rows_of_their_own_lengths_and_pieces(which):
   calls = [(3, 1, 4), (0, 4, 1), (1, 1, 0), (4, 2, 3)]
   for counts, (done, logits, _) in zip(calls, run(decoder, tokens, calls)):
     for row in np.flatnonzero(counts):
-      np.testing.assert_allclose(logits[row], expected[row, done[row] - 1], atol=1e-5)
+      np.testing.assert_allclose(logits[row], expected[row, done[row] - 1], rtol=1e-5, atol=1e-5)
   assert done.tolist() == [8, 8, 8], "every row has filled its cache"
 
 
