@@ -7,18 +7,28 @@ Prompts are pieces of held-out text; all are continued greedily by the same numb
 and sampling are counted. `fixed` is LayerSkip's: one exit, one length, for all that are asked for; `chosen` is DEL's,
 anew in every round, by layers as in the paper or by the seconds that rounds took. Systems take turns, and ratios are to
 plain decoding in the same turn. Beside the time: tokens of a round, share of drafted tokens that were accepted, layers
-run one after the other for a token (`calls`), and how many prompts were continued by the very same tokens.
+run one after the other for a token (`calls`), layers run for it in all (`work`), and how many prompts were continued by
+the very same tokens.
 """
 
 import argparse
 import statistics
 
+from adaptive.config import ConfigError
 from adaptive.generation.drafts import Chooser, Fixed
 from adaptive.generation.loop import Generator, Result
 from adaptive.generation.sampling import Sampling
 from adaptive.generation.speculative import SpeculativeGenerator
 from adaptive.methods.contract import SubModel
 from adaptive.training.run import load_params, load_run
+
+
+def can_draft(method, model, params, submodel: SubModel) -> bool:
+  """Whether a sub-model can draft for the full one."""
+  try:
+    return method.ladder(model, params, [submodel]) is not None
+  except ConfigError:
+    return False
 
 
 def main() -> None:
@@ -38,16 +48,16 @@ def main() -> None:
   method, model, vocab, greedy = run.method, run.model, run.experiment.model.vocab_size, Sampling(temperature=0.0)
   prompts = [[int(t) for t in run.dataset.validation[i]["inputs"][: a.prompt]] for i in range(a.prompts)]
   every = method.ladder(model, params, None)
-  names = a.drafts.split() or [s.name for s in method.submodels(model) if s.name.startswith("depth=")][:-1]
+  able = {s.name: s for s in method.submodels(model)[:-1] if can_draft(method, model, params, s)}
+  names = a.drafts.split() or list(able)
   systems = {"plain": Generator(method.decoder(model, params, method.submodels(model)[-1]), vocab, greedy)}
-  layers = {}
+  rounds = {}
   for name in names:
-    (submodel,) = (s for s in method.submodels(model) if s.name == name)
-    ladder = method.ladder(model, params, [SubModel(submodel.dial)])
+    ladder = method.ladder(model, params, [able[name]])
     for tokens in map(int, a.tokens.split(",")):
       label = f"fixed {name} x {tokens}"
       systems[label] = SpeculativeGenerator(ladder, vocab, Fixed(0, tokens), greedy)
-      layers[label] = ladder.layers[0]
+      rounds[label] = ladder.calls(0, tokens), ladder.layer_tokens(0, tokens)
   if not any(every.tails):
     for label, measured in (("chosen by layers", False), ("chosen by seconds", True)):
       choice = Chooser(every.layers[:-1], every.layers[-1], measured=measured)
@@ -73,7 +83,7 @@ def main() -> None:
         times[name].append(seconds)
   made = len(prompts) * a.new
   print(f"{len(prompts)} prompts, {a.batch} at a time, {a.new} tokens each; medians of {a.turns} turns")
-  print(f"{'':24} {'tokens/s':>9} {'speed-up':>9} {'a round':>8} {'accepted':>9} {'calls':>7}  same tokens")
+  print(f"{'':24} {'tokens/s':>9} {'speed-up':>9} {'a round':>8} {'accepted':>9} {'calls':>7} {'work':>7}  same tokens")
   for name in systems:
     tokens, metrics = found[name]
     ratio = statistics.median(p / t for p, t in zip(times["plain"], times[name]))
@@ -81,11 +91,10 @@ def main() -> None:
     cells = f"{made / statistics.median(times[name]):9.0f} {ratio:8.2f}x"
     if metrics:
       per_round = mean("tokens_per_round")
-      drafted = metrics["accepted"][1] / metrics["tokens_per_round"][1]
-      calls = f"{(drafted * layers[name] + every.layers[-1]) / per_round:7.1f}" if name in layers else f"{'':7}"
-      cells += f" {per_round:8.2f} {mean('accepted'):9.1%} {calls}"
+      layers = "".join(f" {number / per_round:7.1f}" for number in rounds[name]) if name in rounds else f"{'':16}"
+      cells += f" {per_round:8.2f} {mean('accepted'):9.1%}{layers}"
     else:
-      cells += f" {1:8} {'':9} {every.layers[-1]:7}"
+      cells += f" {1:8} {'':9} {every.layers[-1]:7} {every.layers[-1]:7}"
     same = sum(x == y for x, y in zip(tokens, found["plain"][0]))
     print(f"{name:24} {cells}  {same} of {len(prompts)}", flush=True)
 

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -96,6 +97,15 @@ class Ends(NamedTuple):
 
   says: Callable[[Params, int, jax.Array, jax.Array], jax.Array]
   token: int
+
+
+def check_end(model: nn.Module, eos: int) -> None:
+  """Raises ConfigError for a model that would end its texts with a token that is not the tokenizer's end."""
+  ends = model.exits.ends if hasattr(model, "exits") else None
+  require(
+    ends is None or ends.token == eos,
+    f"method.exit.stop_token={ends and ends.token} is not the tokenizer's end of a document, {eos}",
+  )
 
 
 class Exits(NamedTuple):

@@ -37,7 +37,7 @@ class Ladder(NamedTuple):
     params: for the other functions.
     rungs: after how many stages each draft leaves, not decreasing; the model itself has one stage more than the last.
     layers: that each draft runs, and at last the model.
-    tails: whether each draft has layers of its own after its rung.
+    tails: layers of its own that each draft has after its rung.
     empty_cache: (batch_size, slots) -> a cache.
     embed: (params, tokens int32 [b, t]) -> x, the residual stream [b, t, d], or a tree of arrays [b, t, ...] with what
       else a stage hands on to the next.
@@ -50,7 +50,7 @@ class Ladder(NamedTuple):
   params: Params
   rungs: tuple[int, ...]
   layers: tuple[int, ...]
-  tails: tuple[bool, ...]
+  tails: tuple[int, ...]
   empty_cache: Callable[[int, int], Cache]
   embed: Callable[[Params, jax.Array], jax.Array]
   climb: Callable[[Params, jax.Array, At, Cache, int, int], tuple[jax.Array, Cache]]
@@ -62,6 +62,15 @@ class Ladder(NamedTuple):
   def stages(self) -> int:
     """Of the model itself."""
     return max(self.rungs) + 1
+
+  def calls(self, draft: int, tokens: int) -> int:
+    """Layers that a round runs one after the other: for each drafted token and the one before them, and to check."""
+    below = self.layers[draft] - self.tails[draft]
+    return (tokens + 1) * self.layers[draft] + self.layers[-1] - below
+
+  def layer_tokens(self, draft: int, tokens: int) -> int:
+    """Layers times tokens that a round runs, which no draft makes fewer than the model alone does."""
+    return (tokens + 1) * (self.layers[-1] + self.tails[draft])
 
 
 def shared_layers(full: Sequence[int], draft: Sequence[int]) -> int:
@@ -112,7 +121,7 @@ def of_paths(
     params=params,
     rungs=tuple(bounds.index(common) for common in shared),
     layers=(*map(len, drafts), len(full)),
-    tails=tuple(bool(path) for path in own),
+    tails=tuple(map(len, own)),
     empty_cache=empty_cache,
     embed=lambda params, tokens: apply(params, tokens, method=lambda m, t: m.embedding.encode(t)),
     climb=climb,
@@ -165,7 +174,7 @@ def of_loop(exits: exiting.Exits, params: Params, drafts: Sequence[int]) -> Ladd
     params=decoding.unstacked(exits.config, params, exits.kept),
     rungs=tuple(range(1, len(drafts) + 1)),
     layers=(*drafts, exits.depths[-1]),
-    tails=(False,) * len(drafts),
+    tails=(0,) * len(drafts),
     empty_cache=empty_cache,
     embed=embed,
     climb=climb,

@@ -119,10 +119,10 @@ def _over(exits: Exits, params: Params, which: int, walk: Walk, positions: jax.A
 
 
 def _spoken(exits: Exits, over: jax.Array, logits: jax.Array) -> jax.Array:
-  """Logits [b, t, v] with no choice left where a text ends: the others' probabilities round to 0 in float32."""
+  """Logits [b, t, v] with no choice left where a text ends, at any temperature that is of use."""
   if exits.ends is None:
     return logits
-  certain = jnp.where(jnp.arange(logits.shape[-1]) == exits.ends.token, 0.0, -100.0)
+  certain = jnp.where(jnp.arange(logits.shape[-1]) == exits.ends.token, 0.0, -1e4)
   return jnp.where(over[..., None], certain[None, None], logits)
 
 

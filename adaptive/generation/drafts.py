@@ -3,10 +3,15 @@
 DEL (Zarch et al., arXiv 2504.05598) keeps, for every exit, how often its token was the model's, from passes that are
 made anyway, and takes the exit and the length with the most expected tokens per layer that runs one after the other,
 or, since layers are not what a user waits for, per second (`adaptive.generation.round_costs`).
+
+Departures: a round may draft nothing; agreement is counted in every fourth round, since heads on all exits are not
+free; and drafting does not stop early at a token that the draft is unsure of, since a round is one program, whose check
+would be as long as ever.
 """
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -14,6 +19,20 @@ from adaptive.config import require
 from adaptive.generation.round_costs import RoundCosts
 
 _BETTER = 1.03  # another draft or length must promise so much more than the last: each is a program to compile
+_LOOKS = 4  # every so many rounds agreement is counted
+
+
+class Choice(NamedTuple):
+  """Of a round.
+
+  Attributes:
+    draft: its place in the ladder. tokens: how many it proposes; 0 is a step without a draft.
+    look: whether to count how often every draft agrees with the model.
+  """
+
+  draft: int
+  tokens: int
+  look: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,19 +54,20 @@ class Fixed:
     return self.tokens
 
   @property
-  def stops(self) -> bool:
-    """Whether a round may draft fewer tokens."""
+  def learns(self) -> bool:
     return False
 
   @property
   def drafts(self) -> tuple[int, ...]:
     return (self.draft,)
 
-  def choose(self) -> tuple[int, int, float]:
-    """Draft, tokens, and the probability below which it stops."""
-    return self.draft, self.tokens, 0.0
+  def begin(self) -> None:
+    """Nothing is remembered."""
 
-  def observe(self, metrics: Mapping[str, tuple], taken: tuple[int, int] | None, seconds: float | None) -> None:
+  def choose(self) -> Choice:
+    return Choice(self.draft, self.tokens)
+
+  def observe(self, metrics: Mapping[str, tuple], taken: Choice | None, seconds: float | None) -> None:
     """Nothing is learned."""
 
 
@@ -59,29 +79,27 @@ class Chooser:
     lengths: of which a round takes one; each with each draft is a program.
     overhead: what drafting a token costs beside the draft's layers, in layers: embedding, head, choice of a token. The
       paper counts none.
-    decay: of what was counted, in each round (omega in the paper).
-    stop_when_unsure: whether a draft ends early when it is less sure than midway between right and wrong ones, as in
-      the paper; it pays where drafted tokens are dear.
+    decay: of what was counted of a draft, each time that it is counted anew (omega in the paper).
     measured: whether rounds are judged by the seconds they take rather than by layers. What is chosen then depends on
       the machine, and so does what is sampled; greedy decoding has one output.
   """
+
+  learns = True
 
   def __init__(
     self,
     layers: Sequence[int],
     full: int,
-    lengths: Sequence[int] = (1, 2, 4, 6, 8, 12, 16),
+    lengths: Sequence[int] = (0, 1, 2, 3, 4, 6, 8, 12, 16),
     overhead: float = 1.0,
     decay: float = 0.95,
-    stop_when_unsure: bool = False,
     measured: bool = False,
   ):
     require(len(layers) > 0, "there is no draft to choose from")
-    self._lengths, self._measured, self._last = np.array(lengths), measured, None
+    self._lengths, self._decay, self._measured = np.array(lengths), decay, measured
     self._costs = RoundCosts(layers, full, lengths, overhead)
-    self._decay, self.stops = decay, stop_when_unsure
+    self._last, self._rounds = None, 0
     self._agreed, self._seen = np.zeros((2, len(layers)))
-    self._sure = {"sure_if_right": np.zeros(2), "sure_if_wrong": np.zeros(2)}
 
   @property
   def most(self) -> int:
@@ -96,39 +114,47 @@ class Chooser:
     """How often each draft's token is the model's, [e]; a half where nothing is known."""
     return (self._agreed + 0.5) / (self._seen + 1.0)
 
-  def choose(self) -> tuple[int, int, float]:
-    """Draft, tokens, and the probability below which it stops."""
-    pair = self._costs.probe() if self._measured else None
-    if pair is None:
-      gain = expected_tokens(self.rates[:, None], self._lengths[None]) / self._costs.table
-      pair = np.unravel_index(np.argmax(gain), gain.shape)
-      if self._measured and self._last is not None and gain[pair] < _BETTER * gain[self._last]:
-        pair = self._last
-      self._last = pair
-    draft, length = pair
-    return int(draft), int(self._lengths[length]), self._doubt()
+  def begin(self) -> None:
+    """New prompts. What earlier ones showed must not change what is sampled; where nothing is sampled, it helps."""
+    if not self._measured:
+      self._agreed, self._seen = np.zeros((2, len(self._seen)))
+      self._rounds = 0
 
-  def _doubt(self) -> float:
-    right, wrong = self._sure.values()
-    if not self.stops or right[1] == 0 or wrong[1] == 0:
-      return 0.0
-    return float((right[0] / right[1] + wrong[0] / wrong[1]) / 2)
+  def choose(self) -> Choice:
+    """The next round's."""
+    probe = self._costs.probe() if self._measured else None
+    if probe is not None:
+      return self._choice(*probe)
+    self._last, self._rounds = self._best(), self._rounds + 1
+    return self._choice(*self._last)._replace(look=self._rounds % _LOOKS == 0)
 
-  def observe(self, metrics: Mapping[str, tuple], taken: tuple[int, int] | None, seconds: float | None) -> None:
+  def _choice(self, draft: int, length: int) -> Choice:
+    return Choice(int(draft), int(self._lengths[length]))
+
+  def _best(self) -> tuple[int, int]:
+    """Draft and length, as indices."""
+    gain = expected_tokens(self.rates[:, None], self._lengths[None]) / self._costs.table
+    best = np.unravel_index(np.argmax(gain), gain.shape)
+    stay = self._measured and self._last is not None and gain[best] < _BETTER * gain[self._last]
+    return self._last if stay else best
+
+  def observe(self, metrics: Mapping[str, tuple], taken: Choice | None, seconds: float | None) -> None:
     """What a round, or the prompts, showed.
 
     Args:
-      taken: draft and tokens of the round; None for prompts. seconds: that it took; None where nobody knows.
+      metrics: `agrees`, of all drafts, where they were counted; `right`, of the one that was taken.
+      taken: of the round; None for prompts. seconds: that it took; None where nobody knows.
     """
-    found = np.array([metrics[f"agrees/{draft}"] for draft in self.drafts], np.float64)
-    self._agreed = self._decay * self._agreed + found[:, 0]
-    self._seen = self._decay * self._seen + found[:, 1]
-    for name, kept in self._sure.items():
-      if name in metrics:
-        self._sure[name] = self._decay * kept + np.array(metrics[name], np.float64)
-    if self._measured and taken is not None and seconds is not None:
-      draft, tokens = taken
-      self._costs.observe(draft, int(np.flatnonzero(self._lengths == tokens)[0]), seconds)
+    if "agrees" in metrics:
+      self._count(slice(None), *metrics["agrees"])
+    elif taken.tokens:
+      self._count(taken.draft, *metrics["right"])
+    if self._measured and taken is not None and not taken.look and seconds is not None:
+      self._costs.observe(taken.draft, int(np.flatnonzero(self._lengths == taken.tokens)[0]), seconds)
+
+  def _count(self, which: int | slice, agreed, seen) -> None:
+    self._agreed[which] = self._decay * self._agreed[which] + agreed
+    self._seen[which] = self._decay * self._seen[which] + seen
 
 
 def expected_tokens(rate: np.ndarray, tokens: np.ndarray) -> np.ndarray:

@@ -9,19 +9,20 @@ Theorem 1). Every row accepts as many tokens as are right for it.
 """
 
 import collections
+import functools
+import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
 from adaptive.config import require
 from adaptive.depth.ladder import At, Cache, Ladder
 from adaptive.generation import loop
-from adaptive.generation.drafts import Chooser, Fixed
+from adaptive.generation.drafts import Choice, Chooser, Fixed
 from adaptive.generation.loop import Rows, Sampled
 from adaptive.generation.sampling import Sampling, probabilities, row_keys, sample
 from adaptive.methods.contract import Metrics, Params
@@ -34,17 +35,14 @@ class Drafted(NamedTuple):
   """What a draft proposes after each row's newest token.
 
   Attributes:
-    tokens: the newest token and the proposed ones, int32 [b, k + 1]. number: how many were proposed, int32 [].
+    tokens: the newest token and the proposed ones, int32 [b, k + 1].
     states: residual stream of all of these at the draft's rung, [b, k + 1, d].
     probs: that each proposed token was drawn from, [b, k, v]; empty where the likeliest is taken.
-    sure: probability of the likeliest token, [b, k].
   """
 
   tokens: jax.Array
-  number: jax.Array
   states: jax.Array
   probs: jax.Array
-  sure: jax.Array
 
 
 class SpeculativeGenerator(loop.Generator):
@@ -72,7 +70,7 @@ class SpeculativeGenerator(loop.Generator):
       "drafts that have layers of their own cannot be changed from round to round: name one",
     )
     self._spare = 2 * (choice.most + 1)  # the host is one round late, and a round may overshoot
-    self._taken: collections.deque[tuple[int, int] | None] = collections.deque()  # rounds that were not read yet
+    self._taken: collections.deque[Choice | None] = collections.deque()  # rounds that were not read yet
     self._read = (0.0, 0.0)  # when the last one was read, and the seconds of compilation until then
 
   def _next(self, compile_next: Callable[..., Callable]) -> Callable:
@@ -80,17 +78,17 @@ class SpeculativeGenerator(loop.Generator):
     programs = {}
 
     def following(*args):
-      draft, tokens, doubt = self._choice.choose()
-      if (draft, tokens) not in programs:
-        function = lambda *args: self._round(draft, tokens, *args)
-        programs[draft, tokens] = compile_next(function, np.float32(0))
-      self._taken.append((draft, tokens))
-      return programs[draft, tokens](*args, np.float32(doubt))
+      choice = self._choice.choose()
+      if choice not in programs:
+        programs[choice] = compile_next(functools.partial(self._round, choice))
+      self._taken.append(choice)
+      return programs[choice](*args)
 
     return following
 
   def __call__(self, *args, **kwargs) -> loop.Result:
     self._taken = collections.deque([None])  # the prompts' pass; what an interrupted call left is forgotten
+    self._choice.begin()
     return super().__call__(*args, **kwargs)
 
   def _observe(self, sampled: Sampled) -> None:
@@ -116,22 +114,21 @@ class SpeculativeGenerator(loop.Generator):
     pick = jax.vmap(lambda row, at: row[at])
     cut = lambda x: jax.tree.map(lambda leaf: pick(leaf, jnp.maximum(last, 0)), x)
     logits = self._logits(params, len(ladder.rungs), cut(x))
-    agreed = self._agreement(
-      params, {stage: cut(rung) for stage, rung in rungs.items()}, jnp.argmax(logits, axis=-1), last >= 0
-    )
+    agreed = {}
+    if self._choice.learns:
+      states = {stage: cut(rung) for stage, rung in rungs.items()}
+      agreed = self._agreement(params, states, jnp.argmax(logits, axis=-1), last >= 0)
     return cache, *self._sample(Rows(numbers, counts, counts, counts == 0), logits[:, -1], agreed, seed)
 
   def _logits(self, params: Params, draft: int, x: jax.Array) -> jax.Array:
     return self._ladder.head(params, draft, x)[..., : self._vocab_size]
 
   def _agreement(self, params: Params, rungs: Mapping[int, jax.Array], likeliest, valid) -> Metrics:
-    """How often each draft's likeliest token is the model's, `agrees/<draft>`, over the valid of some positions.
+    """How often each draft's likeliest token is the model's, [e], over the valid of some positions.
 
     Args:
       rungs: residual stream before each stage, [b, n, d]. likeliest: the model's [b, n]. valid: bool [b, n].
     """
-    if isinstance(self._choice, Fixed):
-      return {}
     ladder, number = self._ladder, jnp.sum(valid, dtype=jnp.float32)
     states = [rungs[rung] for rung in ladder.rungs]
     if ladder.one_head:  # one product for all
@@ -139,102 +136,64 @@ class SpeculativeGenerator(loop.Generator):
     else:
       logits = [self._logits(params, draft, x) for draft, x in enumerate(states)]
     same = [jnp.sum((jnp.argmax(each, axis=-1) == likeliest) & valid, dtype=jnp.float32) for each in logits]
-    return {f"agrees/{draft}": (agreed, number) for draft, agreed in enumerate(same)}
+    return {"agrees": (jnp.stack(same), number)}
 
-  def _round(self, draft: int, most: int, params: Params, cache: Cache, rows: Rows, stopped, seed, doubt):
-    """Up to `most` drafted tokens and the check of them: between one and most + 1 new tokens of each row."""
+  def _round(self, choice: Choice, params: Params, cache: Cache, rows: Rows, stopped, seed):
+    """Some drafted tokens and the check of them: between one and choice.tokens + 1 new tokens of each row."""
     ladder, done = self._ladder, rows.done | stopped
     live = (~done).astype(jnp.int32)
-    drafted, below, cache = self._draft(draft, most, params, cache, rows, live, seed, doubt)
-    at = At(rows.lengths, live * (drafted.number + 1))
-    x, rungs = drafted.states, dict(below)
-    for stage in range(ladder.rungs[draft], ladder.stages):
-      rungs[stage] = x
-      x, cache = ladder.climb(params, x, at, cache, stage, stage + 1)
+    drafted, rungs, cache = self._draft(choice, params, cache, rows, live, seed)
+    at = At(rows.lengths, live * (choice.tokens + 1))
+    rung, x = ladder.rungs[choice.draft], drafted.states
+    for low, high in itertools.pairwise(range(rung, ladder.stages + 1) if choice.look else (rung, ladder.stages)):
+      rungs[low] = x
+      x, cache = ladder.climb(params, x, at, cache, low, high)
     logits = self._logits(params, len(ladder.rungs), x)
     tokens, accepted = self._check(drafted, logits, rows, seed)
-    proposed = jnp.arange(most + 1)[None] <= accepted[:, None]
+    proposed = jnp.arange(choice.tokens + 1)[None] <= accepted[:, None]
     stops = jnp.isin(tokens, jnp.asarray(self._stop_tokens, jnp.int32)) & proposed
     ends = jnp.any(stops, axis=1)
     counts = live * jnp.where(ends, jnp.argmax(stops, axis=1) + 1, accepted + 1)
     log_probs = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), tokens[..., None], axis=-1)[..., 0]
     newest = jnp.take_along_axis(tokens, jnp.maximum(counts - 1, 0)[:, None], axis=1)[:, 0]
-    metrics = self._measured(drafted, accepted, counts, live)
-    right = proposed & (live > 0)[:, None] & (jnp.arange(most + 1)[None] <= drafted.number)
-    metrics |= self._agreement(params, rungs, jnp.argmax(logits, axis=-1), right)
+    metrics = _measured(choice.tokens, accepted, counts, live)
+    if choice.look:
+      right = proposed & (live > 0)[:, None]
+      metrics |= self._agreement(params, rungs, jnp.argmax(logits, axis=-1), right)
     after = rows._replace(
       lengths=rows.lengths + counts, newest=jnp.where(live > 0, newest, rows.newest), done=done | ends
     )
     return cache, after, Sampled(tokens, log_probs, counts, metrics)
 
-  def _draft(self, draft: int, most: int, params: Params, cache: Cache, rows: Rows, live, seed, doubt):
-    """Tokens one after the other, until there are `most` or no row is sure of its last; and the states below the rung.
+  def _draft(self, choice: Choice, params: Params, cache: Cache, rows: Rows, live, seed):
+    """Tokens one after the other, and the states below the rung where agreement is counted.
 
     Returns:
-      What was drafted, the streams at the rungs below the draft's by stage, [b, most + 1, d], and the cache.
+      What was drafted, the streams at the rungs below the draft's by stage, [b, k + 1, d], and the cache.
     """
-    ladder, rung = self._ladder, self._ladder.rungs[draft]
-    below = range(rung) if not isinstance(self._choice, Fixed) else ()
-    room = jax.eval_shape(ladder.embed, params, jnp.zeros((len(live), most + 1), jnp.int32))
-    blank = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), room)
-    wide = self._vocab_size if self._sampling.temperature else 0
-    start = Drafted(
-      tokens=jnp.zeros((len(live), most + 1), jnp.int32).at[:, 0].set(rows.newest),
-      number=jnp.int32(0),
-      states=blank,
-      probs=jnp.zeros((len(live), most, wide), jnp.float32),
-      sure=jnp.zeros((len(live), most), jnp.float32),
-    )
-
-    def put(array, value, i):
-      """Values [b, 1, ...] of the token at i into arrays [b, k + 1, ...]."""
-      write = lambda a, v: jax.lax.dynamic_update_slice_in_dim(a, v.astype(a.dtype), i, axis=1)
-      return jax.tree.map(write, array, value)
-
-    def run(i, tokens, cache, kept):
-      """The draft's layers on the token at i."""
-      at = At(rows.lengths + i, live)
-      x = ladder.embed(params, jax.lax.dynamic_slice_in_dim(tokens, i, 1, axis=1))
-      for stage in range(rung):
-        if kept:
-          kept = {**kept, stage: put(kept[stage], x, i)}
-        x, cache = ladder.climb(params, x, at, cache, stage, stage + 1)
-      y = x
-      if ladder.tails[draft]:
-        y, cache = ladder.tail(params, draft, x, at, cache)
-      return x, y, cache, kept
-
-    def sure_enough(carry):
-      drafted, _, _ = carry
-      last = drafted.sure[:, jnp.maximum(drafted.number - 1, 0)]
-      return (drafted.number < most) & ((drafted.number == 0) | jnp.any((last >= doubt) & (live > 0)))
-
-    def propose(carry):
-      drafted, cache, kept = carry
-      i = drafted.number
-      x, y, cache, kept = run(i, drafted.tokens, cache, kept)
-      logits = self._logits(params, draft, y)[:, 0]
-      token, probs = self._propose(logits, rows, rows.lengths + i + 1, seed)
-      sure = jnp.exp(jnp.max(logits, axis=-1) - jax.nn.logsumexp(logits, axis=-1))
-      drafted = Drafted(
-        tokens=put(drafted.tokens, token[:, None], i + 1),
-        number=i + 1,
-        states=put(drafted.states, x, i),
-        probs=put(drafted.probs, probs[:, None], i),
-        sure=put(drafted.sure, sure[:, None], i),
-      )
-      return drafted, cache, kept
-
-    carry = start, cache, dict.fromkeys(below, blank)
-    if self._choice.stops:
-      carry = jax.lax.while_loop(sure_enough, propose, carry)
-    else:  # a loop would copy the caches in and out, and compile no more than it has to
-      for _ in range(most):
-        carry = propose(carry)
-    drafted, cache, kept = carry
+    ladder, rung = self._ladder, self._ladder.rungs[choice.draft]
+    tokens, probs, states = [rows.newest], [], []
     # The last drafted token is run too: its state is what the token after it is drawn from, if all are accepted.
-    x, _, cache, kept = run(drafted.number, drafted.tokens, cache, kept)
-    return drafted._replace(states=put(drafted.states, x, drafted.number)), kept, cache
+    for i in range(choice.tokens + 1):
+      at, streams = At(rows.lengths + i, live), []
+      x = ladder.embed(params, tokens[-1][:, None])
+      for low, high in itertools.pairwise(range(rung + 1) if choice.look else (0, rung)):
+        streams.append(x)
+        x, cache = ladder.climb(params, x, at, cache, low, high)
+      states.append([*streams, x])
+      if ladder.tails[choice.draft]:
+        y, cache = ladder.tail(params, choice.draft, x, at, cache)
+      else:
+        y = x
+      if i < choice.tokens:
+        logits = self._logits(params, choice.draft, y)[:, 0]
+        token, drawn_from = self._propose(logits, rows, rows.lengths + i + 1, seed)
+        tokens.append(token)
+        probs.append(drawn_from)
+    join = lambda *leaves: jnp.concatenate(leaves, axis=1)
+    *below, at_rung = (jax.tree.map(join, *streams) for streams in zip(*states))
+    drawn_from = jnp.stack(probs, axis=1) if probs else jnp.zeros((len(live), 0, self._vocab_size))
+    return Drafted(jnp.stack(tokens, axis=1), at_rung, drawn_from), dict(enumerate(below)), cache
 
   def _propose(self, logits: jax.Array, rows: Rows, positions: jax.Array, seed) -> tuple[jax.Array, jax.Array]:
     """A token for each row, [b], and what it was drawn from, [b, v], or [b, 0] where the likeliest is taken."""
@@ -251,8 +210,7 @@ class SpeculativeGenerator(loop.Generator):
     """
     most = logits.shape[1] - 1
     proposed = drafted.tokens[:, 1:]
-    within = jnp.arange(most)[None] < drafted.number
-    leading = lambda right: jnp.sum(jnp.cumprod((right & within).astype(jnp.int32), axis=1), axis=1)
+    leading = lambda right: jnp.sum(jnp.cumprod(right.astype(jnp.int32), axis=1), axis=1)
     if self._sampling.temperature == 0:
       wanted = jnp.argmax(logits, axis=-1).astype(jnp.int32)
       return wanted, leading(wanted[:, :-1] == proposed)
@@ -264,7 +222,7 @@ class SpeculativeGenerator(loop.Generator):
     picked = lambda p: jnp.take_along_axis(p, proposed[..., None], axis=-1)[..., 0]
     accepted = leading(draws * picked(drafted.probs) < picked(probs[:, :-1]))
     # At the first refused token, what the model has more of than the draft; after the last accepted one, the model's.
-    drawn_from = jnp.pad(drafted.probs * within[..., None], ((0, 0), (0, 1), (0, 0)))
+    drawn_from = jnp.pad(drafted.probs, ((0, 0), (0, 1), (0, 0)))
     here = lambda x: jnp.take_along_axis(x, accepted[:, None, None], axis=1)[:, 0]
     rest = jnp.maximum(here(probs) - here(drawn_from), 0.0)
     rest = jnp.where(jnp.sum(rest, axis=-1, keepdims=True) > 0, rest, here(probs))  # equal, but for rounding
@@ -273,19 +231,16 @@ class SpeculativeGenerator(loop.Generator):
     tokens = jnp.pad(proposed, ((0, 0), (0, 1)))
     return jnp.where(jnp.arange(most + 1)[None] == accepted[:, None], extra[:, None], tokens), accepted
 
-  def _measured(self, drafted: Drafted, accepted: jax.Array, counts: jax.Array, live: jax.Array) -> Metrics:
-    """Share of drafted tokens that were accepted, tokens of a round, how sure drafts were of right and wrong ones."""
-    rounds = jnp.sum(live, dtype=jnp.float32)
-    total = lambda x: jnp.sum(x, dtype=jnp.float32)
-    position = jnp.arange(drafted.sure.shape[1])[None]
-    seen = (position < drafted.number) & (live > 0)[:, None]
-    right, wrong = seen & (position < accepted[:, None]), seen & (position == accepted[:, None])
-    return {
-      "accepted": (total(accepted * live), drafted.number * rounds),
-      "tokens_per_round": (total(counts), rounds),
-      "sure_if_right": (total(drafted.sure * right), total(right)),
-      "sure_if_wrong": (total(drafted.sure * wrong), total(wrong)),
-    }
+
+def _measured(tokens: int, accepted: jax.Array, counts: jax.Array, live: jax.Array) -> Metrics:
+  """Share of drafted tokens that were accepted, and of those that were looked at; tokens of a round."""
+  rounds = jnp.sum(live, dtype=jnp.float32)
+  total = lambda x: jnp.sum(x * live, dtype=jnp.float32)
+  return {
+    "accepted": (total(accepted), tokens * rounds),
+    "right": (total(accepted), total(jnp.minimum(accepted + 1, tokens))),
+    "tokens_per_round": (total(counts), rounds),
+  }
 
 
 def _keys(seed: jax.Array, rows: Rows, positions: jax.Array, purpose: int) -> jax.Array:

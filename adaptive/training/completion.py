@@ -10,6 +10,7 @@ import numpy as np
 
 from adaptive.config import ConfigError, require
 from adaptive.data.tokenizers import Tokenizer, check_vocab, make_tokenizer
+from adaptive.depth.exits import check_end
 from adaptive.generation import depthwise
 from adaptive.generation.drafts import Chooser, Fixed
 from adaptive.generation.loop import Generator, Result, check
@@ -69,6 +70,7 @@ def complete(workdir: str, request: Request) -> None:
   data = plan.experiment.data
   tokenizer = make_tokenizer(data)
   check_vocab(tokenizer, plan.experiment.model.vocab_size)
+  check_end(plan.model, tokenizer.eos)
   prompts = [_encode(tokenizer, prompt) for prompt in request.prompts]
   max_len = data.seq_len if request.max_len is None else request.max_len
   check(prompts, request.max_new_tokens, request.seed, tokenizer.vocab_size, max_len)

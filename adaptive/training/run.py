@@ -14,6 +14,7 @@ from adaptive import config_dict, sharding
 from adaptive.config import Experiment, require
 from adaptive.data import Dataset
 from adaptive.data import load as load_data
+from adaptive.depth.exits import check_end
 from adaptive.methods import METHODS, parse_config
 from adaptive.methods.contract import Method, Params, SubModel
 from adaptive.training import state as states
@@ -97,6 +98,7 @@ def assemble(method: Method, experiment: Experiment, training: bool = True) -> R
   """
   planned = plan(method, experiment, training)
   dataset = load_data(experiment.data, experiment.model.vocab_size)
+  check_end(planned.model, dataset.tokenizer.eos)
   return Run(experiment, method, planned.model, planned.optimizer, planned.mesh, dataset)
 
 

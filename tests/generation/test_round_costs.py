@@ -53,7 +53,7 @@ def test_few_drafts_or_lengths_are_enough(layers, lengths):
 
 
 def agreeing(rates):
-  return {f"agrees/{draft}": (1e3 * rate, 1e3) for draft, rate in enumerate(rates)}
+  return {"agrees": (1e3 * np.asarray(rates), 1e3)}
 
 
 def test_the_choice_is_the_best_by_seconds_not_by_layers():
@@ -64,9 +64,9 @@ def test_the_choice_is_the_best_by_seconds_not_by_layers():
   for measured in (False, True):
     chooser = Chooser(LAYERS, FULL, LENGTHS, overhead=0.0, measured=measured)
     for _ in range(20):
-      draft, tokens, _ = chooser.choose()
-      length = LENGTHS.index(tokens)
-      chooser.observe(agreeing(rates), (draft, tokens), seconds(draft, length))
+      choice = chooser.choose()
+      draft, length = choice.draft, LENGTHS.index(choice.tokens)
+      chooser.observe(agreeing(rates), choice, seconds(draft, length))
     chosen[measured] = draft, length
   assert chosen[True] == best
   assert promise[chosen[False]] < 0.95 * promise[best]
@@ -76,11 +76,25 @@ def test_a_little_better_is_not_worth_another_program():
   rates = np.array([0.6, 0.7, 0.9, 0.95])
   chooser = Chooser(LAYERS, FULL, LENGTHS, decay=0.0, measured=True)
   for _ in range(20):
-    draft, tokens, _ = chooser.choose()
-    chooser.observe(agreeing(rates), (draft, tokens), seconds(draft, LENGTHS.index(tokens)))
-  took = draft, LENGTHS.index(tokens)
+    choice = chooser.choose()
+    chooser.observe(agreeing(rates), choice, seconds(choice.draft, LENGTHS.index(choice.tokens)))
+  took = choice._replace(look=False)
   for factor, stays in ((1.02, True), (2.0, False)):
     for _ in range(9):
-      chooser.observe(agreeing(rates), (draft, tokens), factor * TRUE[took])
-    now = chooser.choose()
-    assert (now[:2] == (draft, tokens)) is stays
+      chooser.observe(agreeing(rates), took, factor * TRUE[took.draft, LENGTHS.index(took.tokens)])
+    assert (chooser.choose()[:2] == took[:2]) is stays
+
+
+def test_rounds_that_count_agreement_are_not_timed():
+  chooser = Chooser(LAYERS, FULL, LENGTHS, measured=True)
+  probes = {chooser.choose() for _ in range(12)}
+  assert not any(choice.look for choice in probes)
+  looks = []
+  for _ in range(8):
+    choice = chooser.choose()
+    looks.append(choice.look)
+    chooser.observe(
+      agreeing((0.5,) * 4), choice, 1e9 if choice.look else seconds(choice.draft, LENGTHS.index(choice.tokens))
+    )
+  assert looks == [False, False, False, True] * 2
+  assert chooser._costs.table.max() < 1e6

@@ -3,13 +3,15 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
 
+from adaptive.backbone import decoding
 from adaptive.config import ConfigError
-from adaptive.generation.drafts import Chooser, Fixed, expected_tokens
-from adaptive.generation.loop import Generator
+from adaptive.generation.drafts import Choice, Chooser, Fixed, expected_tokens
+from adaptive.generation.loop import Generator, Rows
 from adaptive.generation.sampling import Sampling
 from adaptive.generation.speculative import SpeculativeGenerator
 from adaptive.methods import METHODS
@@ -164,17 +166,32 @@ def test_the_acceptance_is_how_often_the_draft_agrees_on_what_is_accepted():
 
 @pytest.mark.parametrize("sampling", [Sampling(temperature=1.0), Sampling(temperature=0.7, top_k=6, top_p=0.9)])
 def test_sampling_has_the_distribution_of_the_model_alone(sampling):
-  """Chi-squared over the pairs of the second and third new token, of many rows with one prompt."""
-  rows, prompt = 3000, [3, 1, 4]
-  draw = lambda generator: np.array(generator([prompt] * rows, 4, seed=5).tokens)
-  many, few = draw(plain("layer_skip", sampling)), draw(speculative("layer_skip", 0, 2, sampling))
-  for column in (1, 2, 3):
-    a, b = (np.bincount(x[:, column], minlength=VOCAB) for x in (many, few))
+  """Chi-squared over each new token, and over pairs of neighbours: a draft's randomness may not be used again."""
+  many, few = drawn(plain("layer_skip", sampling)), drawn(speculative("layer_skip", 0, 2, sampling))
+  assert_same_distribution(many, few)
+  assert not np.array_equal(many[:, 1:], few[:, 1:])  # other randomness, same distribution
+
+
+def drawn(generator, rows=3000):
+  return np.array(generator([[3, 1, 4]] * rows, 4, seed=5).tokens)
+
+
+def assert_same_distribution(many, few):
+  columns = [many[:, i] for i in (1, 2, 3)] + [many[:, i] * VOCAB + many[:, i + 1] for i in (1, 2)]
+  others = [few[:, i] for i in (1, 2, 3)] + [few[:, i] * VOCAB + few[:, i + 1] for i in (1, 2)]
+  for which, (x, y) in enumerate(zip(columns, others)):
+    a, b = (np.bincount(z, minlength=VOCAB**2) for z in (x, y))
     used = a + b >= 10
     statistic = np.sum((a - b)[used] ** 2 / (a + b)[used])
     freedom = used.sum() - 1
-    assert statistic < freedom + 5 * np.sqrt(2 * freedom), (column, statistic, freedom)
-  assert not np.array_equal(many[:, 1:], few[:, 1:])  # other randomness, same distribution
+    assert statistic < freedom + 5 * np.sqrt(2 * freedom), (which, statistic, freedom)
+
+
+def test_sampling_by_any_sequence_of_choices_has_the_distribution_too():
+  method, model, params = family("layer_skip")
+  sampling = Sampling(temperature=1.0)
+  found = SpeculativeGenerator(method.ladder(model, params, None), VOCAB, _Anything(1), sampling)
+  assert_same_distribution(drawn(plain("layer_skip", sampling)), drawn(found))
 
 
 def test_rows_on_a_mesh_say_the_same():
@@ -187,17 +204,24 @@ def test_rows_on_a_mesh_say_the_same():
 
 
 class _Anything:
-  """Any sequence of drafts and lengths, with and without stopping early."""
+  """Any sequence of drafts and lengths, no draft among them."""
 
-  most, drafts, stops = 5, (0, 1, 2), True
+  most, drafts, learns = 5, (0, 1, 2), True
 
   def __init__(self, seed):
     self._rng, self.seen, self.taken, self.made = np.random.default_rng(seed), [], [], []
 
   def choose(self):
-    draft, tokens = int(self._rng.integers(3)), int(self._rng.choice([1, 3, 5]))
-    self.made.append((draft, tokens))
-    return draft, tokens, float(self._rng.choice([0.0, 0.2, 0.6]))
+    draft, tokens, look = (
+      int(self._rng.integers(len(self.drafts))),
+      int(self._rng.choice([0, 1, 3, 5])),
+      self._rng.random() < 0.3,
+    )
+    self.made.append(Choice(draft, tokens, bool(look)))
+    return self.made[-1]
+
+  def begin(self):
+    self.seen, self.taken, self.made = [], [], []
 
   def observe(self, metrics, taken, seconds):
     self.seen.append(metrics)
@@ -205,14 +229,19 @@ class _Anything:
     assert seconds is None or (seconds > 0 and taken is not None)
 
 
-def test_any_sequence_of_choices_gives_the_same_tokens():
-  method, model, params = family("layer_skip")
+@pytest.mark.parametrize("name", ["layer_skip", "early_exit", "recurrent_depth"])
+def test_any_sequence_of_choices_gives_the_same_tokens(name):
+  method, model, params = family(name)
   choice = _Anything(0)
+  choice.drafts = choice.drafts[: len(method.ladder(model, params, None).rungs)]
   found = SpeculativeGenerator(method.ladder(model, params, None), VOCAB, choice, GREEDY)(PROMPTS, 25)
-  assert found.tokens == plain("layer_skip")(PROMPTS, 25).tokens
+  assert found.tokens == plain(name)(PROMPTS, 25).tokens
   assert choice.taken == [None, *choice.made[: len(choice.taken) - 1]]  # rounds are told in the order of their choice
-  counted = [metrics["agrees/1"] for metrics in choice.seen]
-  assert all(0 <= agreed <= seen for agreed, seen in counted)
+  assert {c.tokens for c in choice.made} == {0, 1, 3, 5}
+  for taken, metrics in zip(choice.taken, choice.seen):
+    assert ("agrees" in metrics) is (taken is None or taken.look)
+    agreed, number = metrics.get("agrees", metrics.get("right"))
+    assert np.all((np.asarray(agreed) >= 0) & (np.asarray(agreed) <= number))
 
 
 def test_the_chooser_learns_how_often_each_exit_is_right():
@@ -250,20 +279,57 @@ def test_the_choice_is_the_best_by_simulated_throughput():
     return (1 + np.cumprod(right, axis=1).sum(axis=1)).mean() / (length * cost + full)
 
   table = {(e, d): simulated(rates[e], d, layers[e]) for e in range(3) for d in (1, 2, 4, 8)}
-  draft, tokens, doubt = chooser.choose()
+  draft, tokens, _ = chooser.choose()
   assert table[draft, tokens] > 0.98 * max(table.values())
-  assert doubt == 0.0
   assert expected_tokens(0.5, 1) == pytest.approx(1.5)
 
 
-def test_old_counts_fade_and_doubt_is_midway():
-  chooser = Chooser((1, 2), 4, decay=0.5, stop_when_unsure=True)
+def test_old_counts_fade_and_a_draft_that_was_taken_is_counted_in_every_round():
+  chooser = Chooser((1, 2), 4, decay=0.5)
   for agreed in (4.0, 0.0):
-    chooser.observe({"agrees/0": (agreed, 4.0), "agrees/1": (2.0, 4.0)}, None, None)
+    chooser.observe({"agrees": (np.array([agreed, 2.0]), 4.0)}, None, None)
   np.testing.assert_allclose(chooser.rates, [(2.0 + 0.5) / (6 + 1), (3 + 0.5) / (6 + 1)])
-  sure = {"sure_if_right": (1.8, 2.0), "sure_if_wrong": (0.5, 1.0)}
-  chooser.observe({"agrees/0": (0, 0), "agrees/1": (0, 0), **sure}, None, None)
-  assert chooser.choose()[2] == pytest.approx((0.9 + 0.5) / 2)
+  chooser.observe({"right": (3.0, 4.0)}, Choice(0, 4), None)
+  np.testing.assert_allclose(chooser.rates, [(4.0 + 0.5) / (7 + 1), (3 + 0.5) / (6 + 1)])
+  chooser.begin()
+  np.testing.assert_array_equal(chooser.rates, [0.5, 0.5])
+
+
+def test_drafts_without_hope_are_not_taken():
+  chooser = Chooser((1, 2), 16)
+  chooser.observe({"agrees": (np.array([0.0, 1.0]), 32.0)}, None, None)
+  assert chooser.choose().tokens == 0
+
+
+def test_a_round_s_layers_are_those_of_its_program():
+  """By XLA's count of a round whose layers are written out one by one, beside rounds of other lengths."""
+  method = METHODS["unified_skip"]
+  model = method.build(tiny.model_config(num_layers=6), method.Config(speedups=(2.0,)))
+  ladder = method.ladder(model, tiny.random_params(model), None)
+  assert ladder.tails[0] > 0
+  (draft, full), tail = ladder.layers, ladder.tails[0]
+  below = draft - tail
+  assert ladder.calls(0, 3) == 3 * draft + (below + tail) + (full - below)
+  assert ladder.layer_tokens(0, 3) == 4 * (full + tail)
+
+  def flops(tokens):
+    generator = SpeculativeGenerator(ladder, VOCAB, Fixed(0, max(tokens, 1)), GREEDY)
+    rows = Rows(*jnp.zeros((3, 1), jnp.int32), jnp.zeros(1, bool))
+    cache = ladder.empty_cache(1, 16)
+    function = lambda params: generator._round(Choice(0, tokens), params, cache, rows, rows.done, np.uint32(0))
+    return jax.jit(function).lower(ladder.params).compile().cost_analysis()["flops"]
+
+  one, three, five = map(flops, (1, 3, 5))
+  assert five - three == pytest.approx(three - one, rel=0.02)
+  per_token = (five - three) / 2
+  layer = jax.jit(lambda p: _layer(model.config, p)).lower(ladder.params).compile().cost_analysis()["flops"]
+  head = 2 * model.config.d_model * model.config.vocab_size
+  assert per_token == pytest.approx((full + tail) * layer + 2 * head, rel=0.1)
+
+
+def _layer(config, params):
+  x, context = jnp.ones((1, 1, config.d_model)), decoding.context_of(config, jnp.zeros(1, int), jnp.ones(1, int), 1, 16)
+  return decoding.run_layers(config, params["layers"][:1], x, context, [decoding.empty_layer(config, 1, 16)])
 
 
 def test_drafts_that_cannot_be_are_refused():

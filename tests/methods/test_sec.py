@@ -15,6 +15,7 @@ from scipy import special
 from adaptive import config_dict, losses
 from adaptive.backbone.transformer import Transformer
 from adaptive.config import ConfigError, Experiment
+from adaptive.depth import exits as exiting
 from adaptive.evaluation import calibration
 from adaptive.generation.loop import Generator
 from adaptive.generation.sampling import Sampling
@@ -290,3 +291,12 @@ def test_without_stops_any_vocabulary_will_do():
   assert METHOD.build(CONFIG, METHOD.Config(exits=(1,))).exits.ends is None
   how = dataclasses.replace(Stopping(), stop_threshold=0.9, stop_token=31)
   assert METHOD.build(CONFIG, METHOD.Config(exits=(1,), exit=how)).exits.ends.token == 31
+
+
+def test_a_text_ends_with_the_tokenizer_s_token_or_not_at_all():
+  model, _ = built()
+  exiting.check_end(model, TOKEN)
+  exiting.check_end(built(stop=1.0)[0], 256)
+  exiting.check_end(Transformer(CONFIG), 256)
+  with pytest.raises(ConfigError, match="method.exit.stop_token=5 is not the tokenizer's end of a document, 256"):
+    exiting.check_end(model, 256)

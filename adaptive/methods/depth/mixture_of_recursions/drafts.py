@@ -75,7 +75,7 @@ def ladder(model: nn.Module, params: Params, recursions: Sequence[int]) -> Ladde
     params=decode.params_of(model, params),
     rungs=tuple(range(1, len(recursions) + 1)),
     layers=tuple(ends + number * size for number in (*recursions, rule.recursions)),
-    tails=(bool(ends),) * len(recursions),
+    tails=(int(model.sharing.middle),) * len(recursions),
     empty_cache=empty_cache,
     embed=embed,
     climb=climb,
