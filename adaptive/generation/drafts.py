@@ -19,7 +19,6 @@ from adaptive.config import require
 from adaptive.generation.round_costs import RoundCosts
 
 _BETTER = 1.03  # another draft or length must promise so much more than the last: each is a program to compile
-_LOOKS = 4  # every so many rounds agreement is counted
 
 
 class Choice(NamedTuple):
@@ -80,6 +79,7 @@ class Chooser:
     overhead: what drafting a token costs beside the draft's layers, in layers: embedding, head, choice of a token. The
       paper counts none.
     decay: of what was counted of a draft, each time that it is counted anew (omega in the paper).
+    looks: every so many rounds the agreement of all drafts is counted.
     measured: whether rounds are judged by the seconds they take rather than by layers. What is chosen then depends on
       the machine, and so does what is sampled; greedy decoding has one output.
   """
@@ -93,10 +93,11 @@ class Chooser:
     lengths: Sequence[int] = (0, 1, 2, 3, 4, 6, 8, 12, 16),
     overhead: float = 1.0,
     decay: float = 0.95,
+    looks: int = 4,
     measured: bool = False,
   ):
     require(len(layers) > 0, "there is no draft to choose from")
-    self._lengths, self._decay, self._measured = np.array(lengths), decay, measured
+    self._lengths, self._decay, self._looks, self._measured = np.array(lengths), decay, looks, measured
     self._costs = RoundCosts(layers, full, lengths, overhead)
     self._last, self._rounds = None, 0
     self._agreed, self._seen = np.zeros((2, len(layers)))
@@ -126,7 +127,7 @@ class Chooser:
     if probe is not None:
       return self._choice(*probe)
     self._last, self._rounds = self._best(), self._rounds + 1
-    return self._choice(*self._last)._replace(look=self._rounds % _LOOKS == 0)
+    return self._choice(*self._last)._replace(look=self._rounds % self._looks == 0)
 
   def _choice(self, draft: int, length: int) -> Choice:
     return Choice(int(draft), int(self._lengths[length]))
