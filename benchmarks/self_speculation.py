@@ -13,7 +13,9 @@ the very same tokens.
 
 import argparse
 import statistics
+import sys
 
+from adaptive.cli import use_compilation_cache
 from adaptive.config import ConfigError
 from adaptive.generation.drafts import Chooser, Fixed
 from adaptive.generation.loop import Generator, Result
@@ -41,7 +43,9 @@ def main() -> None:
   parser.add_argument("--prompt", type=int, default=64, help="tokens of a prompt")
   parser.add_argument("--new", type=int, default=128, help="tokens of a continuation")
   parser.add_argument("--turns", type=int, default=3, help="of each system, that count")
+  parser.add_argument("--by_layers", action="store_true", help="DEL as in the paper too, which compiles many programs")
   a = parser.parse_args()
+  use_compilation_cache(a.workdir)
 
   run = load_run(a.workdir)
   _, params = load_params(run, a.workdir)
@@ -59,8 +63,8 @@ def main() -> None:
       systems[label] = SpeculativeGenerator(ladder, vocab, Fixed(0, tokens), greedy)
       rounds[label] = ladder.calls(0, tokens), ladder.layer_tokens(0, tokens)
   if not any(every.tails):
-    for label, measured in (("chosen by layers", False), ("chosen by seconds", True)):
-      choice = Chooser(every.layers[:-1], every.layers[-1], measured=measured)
+    for label in ["chosen by seconds", "chosen by layers"][: 1 + a.by_layers]:
+      choice = Chooser(every.layers[:-1], every.layers[-1], measured=label.endswith("seconds"))
       systems[label] = SpeculativeGenerator(every, vocab, choice, greedy)
 
   def go(generator: Generator) -> tuple[float, list[list[int]], dict]:
@@ -78,6 +82,7 @@ def main() -> None:
   times, found = {name: [] for name in systems}, {}
   for turn in range(a.turns + 1):
     for name, generator in systems.items():
+      print(f"turn {turn} of {a.turns}: {name:40}", end="\r", file=sys.stderr)
       seconds, *found[name] = go(generator)
       if turn:  # the first compiles
         times[name].append(seconds)

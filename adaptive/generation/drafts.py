@@ -75,7 +75,8 @@ class Chooser:
 
   Args:
     layers: that each draft runs, in the order of the ladder. full: layers of the model.
-    lengths: of which a round takes one; each with each draft is a program.
+    lengths: of which a round takes one. Each with each draft is a program to compile, as long as its layers: pairs whose
+      drafted tokens run more than twice the model's layers, which promise little, are never taken.
     overhead: what drafting a token costs beside the draft's layers, in layers: embedding, head, choice of a token. The
       paper counts none.
     decay: of what was counted of a draft, each time that it is counted anew (omega in the paper).
@@ -99,6 +100,7 @@ class Chooser:
     require(len(layers) > 0, "there is no draft to choose from")
     self._lengths, self._decay, self._looks, self._measured = np.array(lengths), decay, looks, measured
     self._costs = RoundCosts(layers, full, lengths, overhead)
+    self._short = self._lengths[None] * np.array(layers)[:, None] <= 2 * full
     self._last, self._rounds = None, 0
     self._agreed, self._seen = np.zeros((2, len(layers)))
 
@@ -119,7 +121,7 @@ class Chooser:
     """New prompts. What earlier ones showed must not change what is sampled; where nothing is sampled, it helps."""
     if not self._measured:
       self._agreed, self._seen = np.zeros((2, len(self._seen)))
-      self._rounds = 0
+      self._last, self._rounds = None, 0
 
   def choose(self) -> Choice:
     """The next round's."""
@@ -134,9 +136,9 @@ class Chooser:
 
   def _best(self) -> tuple[int, int]:
     """Draft and length, as indices."""
-    gain = expected_tokens(self.rates[:, None], self._lengths[None]) / self._costs.table
+    gain = expected_tokens(self.rates[:, None], self._lengths[None]) / self._costs.table * self._short
     best = np.unravel_index(np.argmax(gain), gain.shape)
-    stay = self._measured and self._last is not None and gain[best] < _BETTER * gain[self._last]
+    stay = self._last is not None and gain[best] < _BETTER * gain[self._last]
     return self._last if stay else best
 
   def observe(self, metrics: Mapping[str, tuple], taken: Choice | None, seconds: float | None) -> None:
