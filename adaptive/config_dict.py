@@ -18,9 +18,9 @@ from adaptive.config import ConfigError, Experiment, nearest, require
 
 # Fields that may differ between a workdir's saved config and the command that resumes it: none changes what is learned.
 _FREE_ON_RESUME = (
-  "evaluation", "mesh", "method.exit", "method.thresholds", "training.eval_every", "training.checkpoint_every",
-  "training.log_every", "training.keep_checkpoints", "training.keep_best", "training.compilation_cache",
-  "training.tensorboard", "training.wandb",
+  "evaluation", "mesh", "method.exit", "method.thresholds", "method.score_shifts", "method.capacity_scales",
+  "training.eval_every", "training.checkpoint_every", "training.log_every", "training.keep_checkpoints",
+  "training.keep_best", "training.compilation_cache", "training.tensorboard", "training.wandb",
 )  # fmt: skip
 
 

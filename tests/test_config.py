@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from adaptive import config_dict
+from adaptive import config_dict, methods
 from adaptive.config import ConfigError, Experiment, ModelConfig
 
 
@@ -130,6 +130,17 @@ def test_fields_that_change_nothing_learned_may_differ_on_resume():
   old, new = saved(), saved()
   new["mesh"]["data"], new["training"]["log_every"], new["evaluation"]["rows"] = 4, 1, 8
   assert config_dict.differences(old, new) == []
+
+
+@pytest.mark.parametrize("name", ["mixture_of_depths", "mixture_of_recursions"])
+def test_dials_that_nothing_trains_may_change_after_training(name):
+  experiment = Experiment(method=methods.METHODS[name].Config())
+  before = json.loads(config_dict.to_json(experiment, name))
+  changes = ["method.score_shifts=(-0.5, 0.5)", "method.capacity_scales=(0.75,)"]
+  found = methods.parse_config(config_dict.changed(before, changes))[1].method
+  assert (found.score_shifts, found.capacity_scales) == ((-0.5, 0.5), (0.75,))
+  with pytest.raises(ConfigError, match="method.gate is part of what was trained"):
+    config_dict.changed(before, ["method.gate=tanh"])
 
 
 def test_a_shallow_model_is_unrolled_and_a_deep_one_scanned():

@@ -2,7 +2,7 @@
 `decoder` token by token, where layers that no row needs are left out. Both give the same logits.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from adaptive import subnet
 from adaptive.backbone import decoding
 from adaptive.backbone.transformer import Batch, Params
-from adaptive.depth import exit_costs, visits
+from adaptive.depth import exit_costs, visits, walk
 from adaptive.depth.exits import FULL_KEYS, Exits, KeyValues, Rule
-from adaptive.depth.walk import Run, leave, realised
+from adaptive.depth.walk import Run, leave
 from adaptive.losses import SumCount
 
 # (first layer, last + 1, x [b, t, d], who runs them [b, t], state) -> (x, state)
@@ -52,11 +52,19 @@ def one_shot(exits: Exits, params: Params, batch: Batch, rule: Rule) -> tuple[ja
   everyone = jnp.ones(x.shape[:2], bool)  # padding too, which nobody sees, as in the plain model
   run = (lambda which, x, alive, state: climb(which, x, everyone, state)) if exact else climb
   logits, ran, _ = leave(exits, params, x, batch["positions"], everyone, rule, run, state)
-  found = realised(exits, ran, batch["segment_ids"] > 0)
-  if exact:
+  return logits, realised(exits, ran, batch["segment_ids"])
+
+
+def realised(exits: Exits, ran: Sequence[jax.Array], segment_ids: jax.Array) -> Mapping[str, SumCount]:
+  """What tokens of whole rows ran, given who ran the layers before each exit, bool [b, t] each.
+
+  With the full model's keys `layer_tokens` too: layers run for a token, those for others that waited included.
+  """
+  found = walk.realised(exits, ran, segment_ids > 0)
+  if exits.how.kv in FULL_KEYS:
     count = {"exact": exit_costs.lazy_layers, "recompute": exit_costs.recomputed_layers}[exits.how.kv]
-    found["layer_tokens"] = count(exits, ran, batch["segment_ids"]), found["layers"][1]
-  return logits, found
+    found["layer_tokens"] = count(exits, ran, segment_ids), found["layers"][1]
+  return found
 
 
 def whole_rows(exits: Exits, params: Params, batch: Batch, kv: KeyValues) -> tuple[jax.Array, Run, Any]:
@@ -119,6 +127,6 @@ def decoder(exits: Exits, params: Params, rule: Rule) -> tuple[Params, Callable,
     run, state = run_of(exits, params, positions, span), ((cache.layers, visits.books(config, x, exits.layers, kv)), x)
     logits, ran, ((layers, _), _) = leave(exits, params, x, positions, real, rule, run, state)
     logits = decoding.last_of(logits, counts)[:, 0]
-    return logits, Cache(layers, cache.lengths + counts), realised(exits, ran, real)
+    return logits, Cache(layers, cache.lengths + counts), walk.realised(exits, ran, real)
 
   return params, empty_cache, step

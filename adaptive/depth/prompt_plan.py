@@ -72,11 +72,13 @@ def one_shot(
   """
   config, last = model.config, model.config.num_layers - 1
   x, context = model.apply({"params": params}, batch, method="embed")
-  prompt, rows = plans.prompt(batch["positions"]), jnp.arange(x.shape[0])
-  documents = batch["segment_ids"] * len(rows) + rows[:, None]
+  prompt = plans.prompt(batch["positions"])
   # A token sees the prompt of its own document, as far as it lies before it.
   seen = context.mask[:, 0] & prompt[:, None]
   cut = lambda start, stop: jax.tree.map(lambda leaf: leaf[start:stop], params["layers"])
+  if rates is not None:  # a document's noise is of its prompt
+    places = chance.places(x, batch["positions"])
+    documents = jnp.sum(jnp.where(seen, places[:, None], 0), axis=-1, dtype=jnp.int32)
 
   def layer(x, inputs):
     which, weights = inputs

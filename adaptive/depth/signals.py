@@ -104,11 +104,14 @@ def patience(seen: Seen) -> jax.Array:
 
 
 def random(seen: Seen) -> jax.Array:
-  """Uniform noise, the same for the same position and history: the baseline that no signal may lose to.
+  """Uniform noise, the same for the same token and position: the baseline that no signal may lose to.
 
-  A threshold of 1 - p at an exit lets a share p of those there leave, whatever they are.
+  A threshold of 1 - p at an exit lets a share p of those there leave, whatever they are. At the first exit it is of the
+  embedding, which is the stream before it; from there each exit's noise is a function of the one before.
   """
-  return chance.noise(seen.positions, seen.memory)
+  if seen.previous_logits is None:
+    return chance.noise(chance.places(seen.previous_x, seen.positions), 0)
+  return chance.noise(chance.as_places(seen.memory), seen.positions)
 
 
 SIGNALS = {
@@ -119,5 +122,5 @@ SIGNALS = {
   "patience": Signal(patience, True, lambda value, memory: value),
   "cosine": Signal(cosine, False),
   "saturation": Signal(saturation, False),
-  "random": Signal(random, False, lambda value, memory: memory + 1),
+  "random": Signal(random, False, lambda value, memory: value),
 }

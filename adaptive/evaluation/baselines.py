@@ -1,7 +1,9 @@
 """What a method that decides by what it sees has to beat: chance at the same rate, fixed plans, smaller dense models.
 
 All are losses at the FLOPs of a sub-model. Between two fixed plans, or two dense models, lies what a coin tossed for
-each request between them gives: their lower convex hull is the best that can be had without a look at the input.
+each request between them gives: their lower convex hull is the best that can be had without a look at the input. No
+more than all of the FLOPs has to be spent: beyond the best plan its loss can be had, and below the cheapest there is
+none.
 """
 
 from collections.abc import Sequence
@@ -29,24 +31,29 @@ def dense(families: Sequence[Family], flops: float) -> float:
 
 
 def _hull(plans: Sequence[Result], flops: np.ndarray) -> np.ndarray:
-  """[n] lower convex hull of the plans' loss over FLOPs, at n values; nan outside of what the plans cost."""
-  points = sorted((r.flops_per_token, r.loss) for r in plans if np.isfinite(r.loss))
+  """[n] lower convex hull of the plans' loss over FLOPs, at n values, never rising; nan below the cheapest."""
   hull: list[tuple[float, float]] = []
-  for point in points:
+  for point in _better(plans):
     while len(hull) > 1 and _above(hull[-1], hull[-2], point):
       hull.pop()
     hull.append(point)
   if not hull:
     return np.full(flops.shape, np.nan)
   x, y = np.array(hull).T
-  inside = (flops >= x[0] * (1 - 1e-9)) & (flops <= x[-1] * (1 + 1e-9))
-  return np.where(inside, np.interp(flops, x, y), np.nan)
+  return np.where(flops >= x[0] * (1 - 1e-9), np.interp(flops, x, y), np.nan)
+
+
+def _better(plans: Sequence[Result]) -> list[tuple[float, float]]:
+  """FLOPs and losses of the plans that are better than all that cost no more, in order of their FLOPs."""
+  found: list[tuple[float, float]] = []
+  for point in sorted((r.flops_per_token, r.loss) for r in plans if np.isfinite(r.loss)):
+    if not found or point[1] < found[-1][1]:
+      found.append(point)
+  return found
 
 
 def _above(middle: tuple[float, float], left: tuple[float, float], right: tuple[float, float]) -> bool:
-  """Whether the middle point is on or above the line between the other two; at equal cost, whether it is no better."""
-  if right[0] == left[0]:
-    return middle[1] >= min(left[1], right[1])
+  """Whether the middle point is on or above the line between the other two, whose costs differ."""
   line = left[1] + (right[1] - left[1]) * (middle[0] - left[0]) / (right[0] - left[0])
   return middle[1] >= line
 

@@ -1,14 +1,14 @@
 """What a model with early exits shows on held-out text: what `adaptive.evaluation.thresholds` chooses by."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adaptive import cost as costs
 from adaptive.backbone.transformer import Batch, Params
-from adaptive.depth import climb
+from adaptive.depth import climb, exit_costs
+from adaptive.depth import exits as exiting
 from adaptive.depth import walk as walking
 from adaptive.depth.exits import Exits
 from adaptive.evaluation.thresholds import Seen
@@ -17,15 +17,17 @@ from adaptive.evaluation.thresholds import Seen
 def collect(exits: Exits, params: Params, batches: Sequence[Batch], seq_len: int) -> Seen:
   """Signals and agreement at every exit of the tokens of some rows, with the keys of the full model."""
   look = jax.jit(lambda params, batch: _look(exits, params, batch))
-  found, rows, number = [], [], 0
+  found, rows, segments, number = [], [], [], 0
   for batch in batches:
     signal, right = jax.device_get(look(params, batch))
-    real = np.asarray(batch["segment_ids"]) > 0
+    segments.append(np.asarray(batch["segment_ids"]))
+    real = segments[-1] > 0
     found.append((signal[:, real], right[:, real]))
     rows.append(number + np.nonzero(real)[0])
     number += len(real)
   signal, right = (np.concatenate(parts, axis=1) for parts in zip(*found))
-  return Seen(signal, right, np.concatenate(rows), exit_costs(exits, seq_len))
+  flops = flops_where_left(exits, seq_len, np.concatenate(segments))
+  return Seen(signal, right, np.concatenate(rows), flops, full_flops(exits, seq_len))
 
 
 def _look(exits: Exits, params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
@@ -46,15 +48,30 @@ def _look(exits: Exits, params: Params, batch: Batch) -> tuple[jax.Array, jax.Ar
   return jnp.stack(found), jnp.stack(tops) == tops[-1][None]
 
 
-def exit_costs(exits: Exits, seq_len: int) -> np.ndarray:
-  """FLOPs of a token that leaves at each exit, [e]: its layers, what asked and read it, keys of layers above."""
-  config, full = exits.config, exits.depths[-1]
-  layer, head = costs.layer_flops(config, (seq_len + 1) / 2), costs.head_flops(config)
-  above = costs.key_value_flops(config) if exits.how.kv == "project" else 0.0
-  loop, found = exits.loop.flops if exits.loop else 0.0, []
-  for which, depth in enumerate(exits.depths):
-    heads = which + 1 if exits.reads_logits else 1
-    asked = sum(map(exits.asked_flops, range(which + 1)))
-    entered = len(exits.depths) if exits.how.kv == "project" else which + 1
-    found.append(depth * layer + (full - depth) * above + heads * head + asked + entered * loop)
-  return np.array(found)
+def full_flops(exits: Exits, seq_len: int) -> float:
+  """FLOPs of a token of the full model, which asks nobody on the way."""
+  *_, rule = exiting.rules(exits).values()
+  return exit_costs.cost(exits, rule, seq_len, {}).flops_per_token
+
+
+def flops_where_left(exits: Exits, seq_len: int, segment_ids: np.ndarray) -> Callable[[np.ndarray], float]:
+  """Mean FLOPs of a token of some rows, as a function of the exit where each left.
+
+  Args:
+    segment_ids: of the rows, int32 [b, t]; the function takes one exit for each token that is no padding, int [n].
+  """
+  real = segment_ids > 0
+  rule = exiting.Rule(exits.depths[-1], (0.0,) * (len(exits.depths) - 1))  # whichever: the shares are measured
+  measure = jax.jit(lambda left: climb.realised(exits, _ran(exits, left), jnp.asarray(segment_ids)))
+
+  def flops(left: np.ndarray) -> float:
+    where = np.zeros(segment_ids.shape, np.int32)
+    where[real] = left
+    return exit_costs.cost(exits, rule, seq_len, jax.device_get(measure(where))).flops_per_token
+
+  return flops
+
+
+def _ran(exits: Exits, left: jax.Array) -> list[jax.Array]:
+  """Who ran the layers before each exit, bool [b, t] each, of tokens that left at some exit, int32 [b, t]."""
+  return [left >= which for which in range(len(exits.depths))]

@@ -10,7 +10,7 @@ key/value rule then does is measured by an evaluation.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -25,13 +25,16 @@ class Seen:
     signals: how sure each early exit is, [e - 1, n].
     right: whether an exit's likeliest token is the model's, [e, n].
     rows: which row of text each token is of, [n]: tokens of a row are no independent witnesses.
-    costs: FLOPs of a token that leaves at each exit, [e], increasing.
+    flops: exits where the tokens leave, int [n] -> mean FLOPs of a token. What one costs may depend on where others
+      leave: with the full model's keys those that have left are taken up when a later one goes on.
+    full: FLOPs of a token of the full model. A plan under which none leaves costs more if it asks logits on the way.
   """
 
   signals: np.ndarray
   right: np.ndarray
   rows: np.ndarray
-  costs: np.ndarray
+  flops: Callable[[np.ndarray], float]
+  full: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,9 +56,18 @@ def where_left(seen: Seen, thresholds: Sequence[float]) -> np.ndarray:
 def outcome(seen: Seen, thresholds: Sequence[float]) -> Solution:
   """What thresholds would have done on the calibration set."""
   left = where_left(seen, thresholds)
-  cost = float(seen.costs[left].mean())
+  cost = seen.flops(left)
   agreement = float(np.take_along_axis(seen.right, left[None], axis=0).mean())
-  return Solution(tuple(map(float, thresholds)), cost, cost / float(seen.costs[-1]), agreement)
+  return Solution(tuple(map(float, thresholds)), cost, cost / seen.full, agreement)
+
+
+def just_below(value: float) -> float:
+  """A threshold that a signal of this value passes, wherever it is compared.
+
+  The next number of float32 will not do: below 0 it is a denormal, which accelerators and XLA take for 0; and where
+  thresholds decay with the position (`Exiting.decay`) a signal passes through a division and a product.
+  """
+  return float(np.float32(value) - np.maximum(1e-6 * np.abs(np.float32(value)), np.float32(1e-30)))
 
 
 def for_shares(seen: Seen, shares: np.ndarray) -> tuple[float, ...]:
@@ -64,30 +76,50 @@ def for_shares(seen: Seen, shares: np.ndarray) -> tuple[float, ...]:
   for signal, share in zip(seen.signals, shares):
     there = np.sort(signal[staying])[::-1]
     leaving = min(round(share * number), len(there))
-    # Strictly above: the first that stays is the threshold; with none left to stay, anything lower than the last.
-    limit = there[leaving] if leaving < len(there) else np.nextafter(there[-1], -np.inf) if len(there) else np.inf
-    found.append(float(limit))
+    limit = _between(there, leaving)
+    found.append(limit)
     staying &= ~(signal > limit)
   return tuple(found)
+
+
+def _between(falling: np.ndarray, number: int) -> float:
+  """A threshold that so many of these signals, largest first, pass; fewer where the next is equal to the last of them.
+
+  It is halfway between the last that passes and the first that stays: another program may round a signal otherwise.
+  """
+  if number == 0:
+    return np.inf
+  if number == len(falling):
+    return just_below(falling[-1])
+  last, first = falling[number - 1], falling[number]
+  middle = np.float32(0.5 * (float(last) + float(first)))
+  return float(middle if middle < last else first)
 
 
 def for_budget(seen: Seen, budget: float) -> Solution:
   """Thresholds of the best agreement found whose mean cost is at most `budget` of the full model's.
 
-  ConfigError for a budget below what the first exit costs.
+  ConfigError for a budget below the cheapest that was found; that can be all of the full model's FLOPs and more, where
+  a head is asked at every exit, or those who wait begin anew with every token.
   """
-  least = float(seen.costs[0] / seen.costs[-1])
-  require(least <= budget <= 1, f"a budget of {budget:g} of the full model's FLOPs must lie in {least:.3g} .. 1")
+  found = [outcome(seen, plan) for plan in _plans(seen)]
+  least = min(solution.share for solution in found)
+  require(budget <= 1, f"a budget of {budget:g} of the full model's FLOPs is more than the full model's")
+  require(
+    least <= budget,
+    f"a budget of {budget:g} of the full model's FLOPs cannot be met: the cheapest thresholds found cost {least:.3g}",
+  )
+  return max((one for one in found if one.share <= budget), key=lambda one: (one.agreement, -one.cost))
+
+
+def _plans(seen: Seen) -> Iterator[tuple[float, ...]]:
+  """Thresholds for budgets to choose among: all leave at once, or shares in proportion to r^k."""
   early = len(seen.signals)
-  lowest = np.nextafter(seen.signals[0].min(), -np.inf)
-  best = outcome(seen, (lowest, *[np.inf] * (early - 1)))  # all leave at once, which every budget allows
+  yield (just_below(seen.signals[0].min()), *[np.inf] * (early - 1))
   for ratio in np.exp(np.linspace(-3, 3, 61)):
     for last in np.linspace(0, 1, 41):  # what is left for the model's own exit
       weights = ratio ** np.arange(early)
-      found = outcome(seen, for_shares(seen, (1 - last) * weights / weights.sum()))
-      if found.share <= budget and (found.agreement, -found.cost) > (best.agreement, -best.cost):
-        best = found
-  return best
+      yield for_shares(seen, (1 - last) * weights / weights.sum())
 
 
 def p_value(losses: np.ndarray, limit: float) -> float:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from adaptive.config import ModelConfig
+from adaptive.config import ModelConfig, require
 from adaptive.cost import Cost
 from adaptive.depth.ladder import Ladder
 from adaptive.losses import SumCount
@@ -108,6 +108,13 @@ def check_index(index: int | jax.Array, number: int) -> None:
   """
   if isinstance(index, int) and not 0 <= index < number:
     raise IndexError(f"there is no sub-model {index}: they are numbered 0 to {number - 1}")
+
+
+def drafts_of(submodels: Sequence[SubModel], drafts: Sequence[SubModel] | None) -> Sequence[SubModel]:
+  """Those that are to draft for the last, the full model: all others unless named; ConfigError for itself."""
+  full = submodels[-1]
+  require(drafts is None or full not in drafts, f"{full.name} is the full model: it cannot draft for itself")
+  return submodels[:-1] if drafts is None else drafts
 
 
 def pick(rules: Sequence[Rule], index: int | jax.Array) -> Rule:

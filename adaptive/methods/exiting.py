@@ -19,7 +19,7 @@ from adaptive.config import ModelConfig, require
 from adaptive.depth import climb, exit_costs, lazy, oracle
 from adaptive.depth import exits as parts
 from adaptive.depth import ladder as ladders
-from adaptive.methods.contract import Batch, Decoder, Metrics, Output, Params, SubModel, check_index
+from adaptive.methods.contract import Batch, Decoder, Metrics, Output, Params, SubModel, check_index, drafts_of
 
 __all__ = ["at_random", "cost", "decoder", "diagnose", "extract", "forward", "ladder", "sample", "submodels"]
 
@@ -120,7 +120,7 @@ def ladder(model: nn.Module, params: Params, drafts: Sequence[SubModel] | None) 
   exits, layers = model.exits, model.exits.layers
   if exits.signal(params, 0).averages or len(exits.depths) == 1:
     return None
-  wanted = submodels(model)[:-1] if drafts is None else drafts
+  wanted = drafts_of(submodels(model), drafts)
   rules = [_rule(model, submodel) for submodel in wanted]
   for submodel, rule in zip(wanted, rules):
     require(

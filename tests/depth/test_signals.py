@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from scipy import special, stats
 
+from adaptive.depth import chance
 from adaptive.depth.signals import SIGNALS, Seen
 
 RNG = np.random.default_rng(0)
@@ -67,13 +68,28 @@ def test_at_the_first_exit_nothing_can_have_been_stable(name):
   np.testing.assert_array_equal(SIGNALS[name].value(seen(before=None)), np.zeros((3, 5)))
 
 
-def test_chance_is_uniform_and_differs_between_positions_and_exits():
-  draw = lambda exit_: SIGNALS["random"].value(seen(memory=np.full(2000, exit_), positions=np.arange(2000)))
-  first, second = np.asarray(draw(0)), np.asarray(draw(1))
-  for noise in (first, second):
+@pytest.mark.parametrize("varied", ["positions", "tokens"])
+def test_chance_is_uniform_and_differs_between_positions_tokens_and_exits(varied):
+  random, number = SIGNALS["random"], 2000
+  positions = np.arange(number) if varied == "positions" else np.full(number, 7)
+  embedded = RNG.normal(size=(number, 16)) if varied == "tokens" else np.ones((number, 16))
+  draws, memory = [], np.zeros(number)
+  for which in range(3):
+    before = None if which == 0 else np.zeros((number, 5))
+    draws.append(np.asarray(random.value(seen(None, before, embedded, embedded, memory, positions))))
+    memory = random.remember(draws[-1], memory)
+  for noise in draws:
     assert stats.kstest(noise, "uniform").pvalue > 1e-3
-  assert abs(np.corrcoef(first, second)[0, 1]) < 0.1
-  assert SIGNALS["random"].remember(first[0], 3.0) == 4.0
+    assert abs(np.corrcoef(noise[:-1], noise[1:])[0, 1]) < 0.08
+  assert np.abs(np.corrcoef(draws) - np.eye(3)).max() < 0.08
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_places_tell_tokens_and_positions_apart_whatever_the_precision(dtype):
+  embedded = jnp.asarray(0.02 * RNG.normal(size=(4096, 1, 64)), dtype)
+  found = chance.places(embedded, jnp.arange(8)[None])
+  assert found.shape == (4096, 8)
+  assert len(np.unique(found)) > 0.9999 * found.size
 
 
 def test_the_signals_say_whether_they_read_logits():

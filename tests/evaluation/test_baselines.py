@@ -26,7 +26,29 @@ def test_fixed_plans_mix_along_their_lower_hull():
   assert np.isnan(found[1:]).all()  # fixed plans are no rivals of themselves
 
 
-def test_nothing_is_said_of_costs_beyond_the_plans():
+def dense_at(flops, *runs):
+  """Loss at some FLOPs of dense runs, each a pair of FLOPs and loss."""
+  families = [Family(f"d{i}", (made_up.result("full", {}, loss, cost),), "full") for i, (cost, loss) in enumerate(runs)]
+  return baselines.dense(families, flops)
+
+
+@pytest.mark.parametrize("flops", [20.0, 25.0])
+def test_of_runs_of_equal_cost_the_better_one_counts_even_if_none_is_larger(flops):
+  assert dense_at(flops, (10, 4.0), (20, 2.0), (20, 3.0)) == 2.0
+
+
+def test_a_larger_run_that_is_worse_makes_nothing_worse():
+  assert dense_at(19.0, (10, 3.0), (20, 3.5)) == 3.0
+  assert dense_at(15.0, (10, 3.0), (12, 3.5), (20, 2.0)) == pytest.approx(2.5)
+
+
+def test_what_less_buys_more_buys_too():
+  assert dense_at(21.0, (10, 3.0), (20, 2.5)) == 2.5
+  dear = made_up.replaced(FAMILY, 0, flops_per_token=60.0)
+  assert baselines.fixed(dear)[0] == 2.8
+
+
+def test_nothing_is_said_of_costs_below_the_plans():
   cheap = made_up.replaced(FAMILY, 0, flops_per_token=5.0)
   assert np.isnan(baselines.fixed(cheap)[0])
 

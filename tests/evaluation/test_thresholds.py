@@ -1,5 +1,7 @@
 """Thresholds: the budget is kept, the rank is right, and the risk is exceeded no oftener than was said."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -15,11 +17,17 @@ def calibrated(rows=60, length=40, exits=3, seed=0, shift=0.0):
   easy = rng.beta(2, 1, (1, n))
   signals = np.clip(easy ** np.linspace(1.5, 0.3, exits)[:, None] + 0.01 * rng.normal(size=(exits, n)), 0, 1)
   right = np.concatenate([rng.random((exits, n)) < signals - shift, np.ones((1, n), bool)])
-  return Seen(signals, right, np.repeat(np.arange(rows), length), np.linspace(0.3, 1.0, exits + 1))
+  return Seen(signals, right, np.repeat(np.arange(rows), length), by_exit(np.linspace(0.3, 1.0, exits + 1)), 1.0)
+
+
+def by_exit(costs):
+  """FLOPs of tokens whose costs are their own, whatever the others do."""
+  return lambda left: float(costs[left].mean())
 
 
 def test_a_token_leaves_at_the_first_exit_above_its_threshold_strictly():
-  seen = Seen(np.array([[0.5, 0.9, 0.1], [0.6, 0.2, 0.7]]), np.ones((3, 3), bool), np.zeros(3), np.array([1.0, 2, 4]))
+  signals = np.array([[0.5, 0.9, 0.1], [0.6, 0.2, 0.7]])
+  seen = Seen(signals, np.ones((3, 3), bool), np.zeros(3), by_exit(np.array([1.0, 2, 4])), 4.0)
   assert thresholds.where_left(seen, (0.5, 0.6)).tolist() == [2, 0, 1]
   found = thresholds.outcome(seen, (0.5, 0.6))
   assert (found.cost, found.share) == (7 / 3, 7 / 12)
@@ -28,7 +36,7 @@ def test_a_token_leaves_at_the_first_exit_above_its_threshold_strictly():
 @pytest.mark.parametrize("shares", [(0.2, 0.3, 0.1), (0.0, 0.0, 0.0), (1.0, 0.0, 0.0), (0.5, 0.5, 0.0)])
 def test_shares_are_met_by_rank(shares):
   seen = calibrated()
-  seen = Seen(np.random.default_rng(1).random(seen.signals.shape), seen.right, seen.rows, seen.costs)
+  seen = dataclasses.replace(seen, signals=np.random.default_rng(1).random(seen.signals.shape))
   left = thresholds.where_left(seen, thresholds.for_shares(seen, np.array(shares)))
   np.testing.assert_allclose([np.mean(left == e) for e in range(3)], shares, atol=1e-3)
 
@@ -50,8 +58,19 @@ def test_a_budget_is_kept_and_more_buys_more_agreement():
 
 
 def test_an_impossible_budget_is_refused():
-  with pytest.raises(ConfigError, match=r"must lie in 0\.3 \.\. 1"):
-    thresholds.for_budget(calibrated(), 0.2)
+  with pytest.raises(ConfigError, match=r"a budget of 0\.2 .* the cheapest thresholds found cost 0\.3"):
+    thresholds.for_budget(calibrated(rows=4), 0.2)
+  with pytest.raises(ConfigError, match=r"a budget of 1\.1 .* is more than the full model's"):
+    thresholds.for_budget(calibrated(rows=4), 1.1)
+
+
+def test_a_threshold_is_halfway_between_the_last_that_leaves_and_the_first_that_stays():
+  """So that nothing depends on how another program rounds a signal; of equal signals all stay."""
+  signals = np.array([[0.5, 0.9, 0.1, 0.5, 0.7]], np.float32)
+  seen = Seen(signals, np.ones((2, 5), bool), np.zeros(5), by_exit(np.array([1.0, 2.0])), 2.0)
+  found = [thresholds.for_shares(seen, np.array([number / 5]))[0] for number in range(6)]
+  np.testing.assert_allclose(found, [np.inf, 0.8, 0.6, 0.5, 0.3, 0.1], rtol=1e-5)
+  assert [np.sum(signals > limit) for limit in found] == [0, 1, 2, 2, 4, 5]
 
 
 def test_the_test_of_a_mean_errs_no_oftener_than_its_level():
@@ -95,6 +114,6 @@ def test_a_first_exit_that_is_never_sure_leaves_every_budget_a_solution(budget):
 def test_counts_of_patience_have_thresholds_between_them():
   seen = calibrated(rows=200)
   counts = np.cumsum(seen.signals > 0.6, axis=0)
-  found = thresholds.for_floor(Seen(counts.astype(float), seen.right, seen.rows, seen.costs), 0.7, 0.8)
+  found = thresholds.for_floor(dataclasses.replace(seen, signals=counts.astype(float)), 0.7, 0.8)
   assert found.thresholds[0] % 1 == 0.5
   assert found.share < 1

@@ -51,6 +51,7 @@ EXITS = {
   "crowded": dict(kv="exact", wait=1),
   "recompute": dict(kv="recompute", wait=4),
   "stability": dict(kv="copy", signal="stability", thresholds=(0.2, 0.4, 0.6)),
+  "random": dict(signal="random", thresholds=(0.3, 0.5, 0.7)),
 }
 # Of shared blocks by settings and key/value rule: a fixed number of passes (1), and a threshold (2).
 PASSES = {

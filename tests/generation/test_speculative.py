@@ -332,6 +332,16 @@ def _layer(config, params):
   return decoding.run_layers(config, params["layers"][:1], x, context, [decoding.empty_layer(config, 1, 16)])
 
 
+@pytest.mark.parametrize("name", [*SETTINGS, "mixture_of_recursions"])
+def test_the_full_model_is_no_draft_of_itself(name):
+  method = METHODS[name]
+  config = CONFIG if name in SETTINGS else tiny.model_config(num_layers=5)
+  model = method.build(config, method.Config(**SETTINGS.get(name, {})))
+  *_, full = method.submodels(model)
+  with pytest.raises(ConfigError, match=f"{full.name} .* cannot draft"):
+    method.ladder(model, tiny.random_params(model), [full])
+
+
 def test_drafts_that_cannot_be_are_refused():
   method, model, params = family("layer_skip")
   with pytest.raises(ConfigError, match="only a fixed depth"):

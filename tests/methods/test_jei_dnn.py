@@ -225,8 +225,8 @@ def test_costs_count_the_gates_that_were_asked_and_the_parameters_that_a_sub_mod
   layer = (costs["depth=4"].flops_per_token - head) / 4
   keys = 4 * CONFIG.d_model * CONFIG.num_kv_heads * CONFIG.head_size
   assert found == pytest.approx(2 * layer + 2 * keys + 2 * head + (1 + 0.5 + 0.25) * 8)
-  foreseen = calibration.exit_costs(model.exits, 8)
-  assert foreseen[3] == pytest.approx(4 * layer + 4 * head + 3 * 8)
+  foreseen = calibration.flops_where_left(model.exits, 8, np.ones((1, 1), np.int32))
+  assert foreseen([3]) == pytest.approx(4 * layer + 4 * head + 3 * 8)
   gates, config, small = 3 * 5, *METHOD.extract(model, built()[1], METHOD.submodels(model)[0])
   assert config.num_layers == 1
   assert costs["depth=1"].params_total == sum(leaf.size for leaf in jax.tree.leaves(small)) + gates
@@ -260,7 +260,7 @@ def test_the_best_exit_is_the_lowest_of_loss_and_cost_and_the_ends_are_the_best_
 
 def test_the_cost_of_an_exit_is_that_of_the_model_cut_there():
   model, _ = built()
-  found = jei_dnn.exit_costs(model, 12)
+  found = jei_dnn.flops_shares(model, 12)
   flops = [METHOD.cost(model, s, 12, {}).flops_per_token for s in METHOD.submodels(model) if "depth" in s.name]
   np.testing.assert_allclose(found, np.array(flops) / flops[-1])
   assert found[-1] == 1

@@ -174,9 +174,9 @@ def test_costs_count_the_controller_wherever_it_was_asked():
     layer, keys = (full.flops_per_token - head) / 4, 4 * CONFIG.d_model * CONFIG.num_kv_heads * CONFIG.head_size
     found = METHOD.cost(model, METHOD.submodels(model)[index_of(model)], 8, shares).flops_per_token
     assert found == pytest.approx(2 * layer + 2 * keys + head + times * asked)
-    foreseen = calibration.exit_costs(model.exits, 8)
-    assert foreseen[0] == pytest.approx(layer + 3 * keys + head + asked)
-    assert foreseen[3] == pytest.approx(4 * layer + head + (3 + (stop < 1)) * asked)
+    foreseen = calibration.flops_where_left(model.exits, 8, np.ones((1, 1), np.int32))
+    assert foreseen([0]) == pytest.approx(layer + 3 * keys + head + asked)
+    assert foreseen([3]) == pytest.approx(4 * layer + head + (3 + (stop < 1)) * asked)
     assert full.params_total == sum(leaf.size for leaf in jax.tree.leaves(params))
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import re
 
+import jax
 import numpy as np
 import pytest
 import tiny
@@ -51,10 +52,60 @@ def test_costs_of_exits_are_those_of_the_method(name, settings, signal, kv):
   method, how = METHODS[name], Exiting(thresholds=(0.5,), signal=signal, kv=kv)
   model = method.build(CONFIG, method.Config(**settings, exit=how))
   submodel = next(s for s in method.submodels(model) if "threshold" in s.name)
-  found = calibration.exit_costs(model.exits, 12)
+  found = calibration.flops_where_left(model.exits, 12, np.ones((1, 1), np.int32))
   for which, ran in enumerate(((1, 0, 0), (1, 1, 0), (1, 1, 1))):
     realised = {f"ran/{d}": (float(share), 1.0) for d, share in zip(model.exits.depths, ran)}
-    assert method.cost(model, submodel, 12, realised).flops_per_token == pytest.approx(found[which])
+    assert method.cost(model, submodel, 12, realised).flops_per_token == pytest.approx(found([which]))
+  full = method.cost(model, method.submodels(model)[-1], 12, {}).flops_per_token
+  assert calibration.full_flops(model.exits, 12) == full
+
+
+def collected(vocab_size=32, length=12, **settings):
+  """A model with exits, parameters, rows, and what a calibration sees of them."""
+  how = Exiting(thresholds=(), **settings)
+  config = tiny.model_config(vocab_size=vocab_size)
+  model = METHOD.build(config, METHOD.Config(exits=(1, 2, 3), exit=how))
+  params, batch = tiny.random_params(model), tiny.packed_batch(config, rows=8, length=length)
+  return model, params, batch, calibration.collect(model.exits, params, [batch], length)
+
+
+def evaluated(model, params, batch, plan):
+  """What the compiled forward pass of a plan ran, and its FLOPs as a share of the full model's."""
+  how = dataclasses.replace(model.method.exit, per_exit=tuple(min(value, 1e9) for value in plan))
+  model = METHOD.build(model.config, dataclasses.replace(model.method, exit=how))
+  *_, planned, full = METHOD.submodels(model)
+  index = np.int32(len(METHOD.submodels(model)) - 2)
+  aux = jax.device_get(jax.jit(lambda index: METHOD.forward(model, params, batch, index).aux)(index))
+  flops = [METHOD.cost(model, s, batch["inputs"].shape[1], aux).flops_per_token for s in (planned, full)]
+  return aux, flops[0] / flops[1]
+
+
+@pytest.mark.parametrize(
+  ("vocab_size", "kv", "budget"), [(2048, "exact", 0.95), (32, "exact", 0.6), (32, "recompute", 1.0)]
+)
+def test_a_plan_for_a_budget_costs_no_more_where_it_is_evaluated(vocab_size, kv, budget):
+  """However dear heads are, and with the layers that are run for others later or again."""
+  model, params, batch, seen = collected(vocab_size, kv=kv)
+  found = thresholds.for_budget(seen, budget)
+  _, share = evaluated(model, params, batch, found.thresholds)
+  assert share <= budget
+  assert share == pytest.approx(found.share, rel=1e-6)
+  assert len(set(thresholds.where_left(seen, found.thresholds))) > 1
+
+
+def test_a_budget_that_heads_alone_exceed_is_refused():
+  *_, seen = collected(vocab_size=2048)
+  with pytest.raises(ConfigError, match=r"a budget of 0.5 .* the cheapest thresholds found cost 0\.8"):
+    thresholds.for_budget(seen, 0.5)
+
+
+@pytest.mark.parametrize(("signal", "decay"), [("patience", 0.0), ("stability", 0.5)])
+def test_all_leave_at_the_first_exit_even_where_its_signal_is_always_zero(signal, decay):
+  model, params, batch, seen = collected(signal=signal, decay=decay, decay_length=4)
+  least = seen.flops(np.zeros(seen.signals.shape[1], int)) / seen.full
+  found = thresholds.for_budget(seen, least)
+  aux, _ = evaluated(model, params, batch, found.thresholds)
+  assert float(aux["layers"][0]) == float(aux["layers"][1])
 
 
 @pytest.fixture(scope="module")
@@ -82,9 +133,15 @@ def test_what_is_printed_can_be_evaluated(workdir, capsys):
 
 
 def test_what_is_printed_is_exact():
-  values = (0.1 + 1e-9, float(np.float32(0.999999)), np.nextafter(0.0, -1), 3.5, np.inf)
-  read = [float(value) for value in calibrate._text(values).split(", ")]
-  assert read == [*values[:4], 1e9]
+  """Through the text, float32 and a compiled comparison."""
+  signals = np.array([0.1, 0.999999, 0.0, 1e-38, 1e-45, 3.0], np.float32)
+  at, below = map(float, signals), map(thresholds.just_below, signals)
+  read = [float(value) for value in calibrate._text([*at, *below, np.inf]).split(", ")]
+  leaves = jax.jit(lambda signals, limits: signals > limits)
+  limits = np.asarray(read, np.float32)
+  assert not leaves(signals, limits[:6]).any()
+  assert leaves(signals, limits[6:12]).all()
+  assert not leaves(signals, limits[12]).any()
 
 
 @pytest.mark.parametrize(

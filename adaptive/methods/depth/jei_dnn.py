@@ -198,7 +198,7 @@ def loss(model: JeiDnn, params: Params, batch: Batch, choice, key, step) -> tupl
     return objectives.weighted(pairs, warm_up_weights(len(each))), metrics
   scores = jax.vmap(gate_logits)(params["gates"], numbers[:-1])
   if stage == GATES:
-    targets = best_exits(each, exit_costs(model, mask.shape[1]), model.method.cost_weight)
+    targets = best_exits(each, flops_shares(model, mask.shape[1]), model.method.cost_weight)
     pair = gate_loss(scores, targets, mask)
     return losses.mean(pair), {**metrics, "gate_loss": pair}
   weighed = weighed_losses(each[:-1], exit_probabilities(jax.nn.sigmoid(scores)), model.method.detach_ratio)
@@ -218,16 +218,16 @@ def weighed_losses(each: jax.Array, probabilities: jax.Array, detach_ratio: bool
   return weighed * (jax.lax.stop_gradient(ratio) if detach_ratio else ratio)[None]
 
 
-def exit_costs(model: JeiDnn, seq_len: int) -> np.ndarray:
+def flops_shares(model: JeiDnn, seq_len: int) -> np.ndarray:
   """FLOPs of the model cut at each exit over those of the whole, [e]; the last is 1."""
   cut = [dataclasses.replace(model.config, num_layers=depth) for depth in model.trained]
   flops = np.array([costs.dense_cost(config, seq_len).flops_per_token for config in cut])
   return flops / flops[-1]
 
 
-def best_exits(each: jax.Array, exit_costs: np.ndarray, cost_weight: float) -> jax.Array:
+def best_exits(each: jax.Array, costs_of_exits: np.ndarray, cost_weight: float) -> jax.Array:
   """Where loss [e, b, t], in nats, plus weighted cost [e] is lowest, int32 [b, t]; of equal ones the first."""
-  return jnp.argmin(each + jnp.asarray(cost_weight * exit_costs, each.dtype)[:, None, None], axis=0)
+  return jnp.argmin(each + jnp.asarray(cost_weight * costs_of_exits, each.dtype)[:, None, None], axis=0)
 
 
 def gate_loss(scores: jax.Array, targets: jax.Array, mask: jax.Array) -> losses.SumCount:

@@ -21,7 +21,7 @@ from adaptive.backbone import decoding
 from adaptive.backbone.transformer import Transformer
 from adaptive.config import ModelConfig
 from adaptive.depth import ladder as ladders
-from adaptive.methods.contract import Batch, Decoder, Metrics, Output, Params, SubModel, check_index
+from adaptive.methods.contract import Batch, Decoder, Metrics, Output, Params, SubModel, check_index, drafts_of
 from adaptive.methods.defaults import at_random, batch_parts, control, diagnose, learning_rates, ticker
 
 __all__ = [
@@ -148,7 +148,7 @@ def _layer_path(model: Recursive, submodel: SubModel) -> np.ndarray:
 
 def ladder(model: Recursive, params: Params, drafts: Sequence[SubModel] | None) -> ladders.Ladder | None:
   """Fewer passes may draft; with a last layer outside of the loop, a draft runs it for itself."""
-  wanted = submodels(model)[:-1] if drafts is None else drafts
+  wanted = drafts_of(submodels(model), drafts)
   paths = [_layer_path(model, submodel).tolist() for submodel in sorted(wanted, key=lambda s: s["recursions"])]
   full = _layer_path(model, submodels(model)[-1]).tolist()
   return ladders.of_paths(model.config, params, full, paths) if paths else None

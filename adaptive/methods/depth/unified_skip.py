@@ -30,7 +30,7 @@ from adaptive.backbone import decoding
 from adaptive.backbone.transformer import Transformer
 from adaptive.config import ModelConfig, require, require_range
 from adaptive.depth import ladder as ladders
-from adaptive.methods.contract import Batch, Decoder, Metrics, Output, Params, SubModel, check_index
+from adaptive.methods.contract import Batch, Decoder, Metrics, Output, Params, SubModel, check_index, drafts_of
 from adaptive.methods.defaults import at_random, batch_parts, control, diagnose, init_from, learning_rates, ticker
 
 __all__ = [
@@ -205,7 +205,7 @@ def decoder(model: UnifiedSkip, params: Params, submodel: SubModel) -> Decoder:
 def ladder(model: UnifiedSkip, params: Params, drafts: Sequence[SubModel] | None) -> ladders.Ladder | None:
   """Any plan may draft: it shares its first layers with the full model, and runs the others on caches of its own."""
   full = subnets.prefix(model.config).layer_path
-  wanted = submodels(model)[:-1] if drafts is None else drafts
+  wanted = drafts_of(submodels(model), drafts)
   paths = {subnet_of(model, submodel).layer_path for submodel in wanted} - {full}
   order = sorted(paths, key=lambda path: (ladders.shared_layers(full, path), len(path)))
   return ladders.of_paths(model.config, params, full, order) if order else None

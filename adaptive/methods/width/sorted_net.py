@@ -35,7 +35,7 @@ from adaptive.backbone.transformer import Transformer
 from adaptive.config import ModelConfig, require
 from adaptive.depth import ladder as ladders
 from adaptive.depth import objectives
-from adaptive.methods.contract import Batch, Decoder, Metrics, Output, Params, SubModel, check_index
+from adaptive.methods.contract import Batch, Decoder, Metrics, Output, Params, SubModel, check_index, drafts_of
 from adaptive.methods.defaults import at_random, control, diagnose, init_from, learning_rates, ticker
 
 __all__ = [
@@ -323,7 +323,7 @@ def decoder(model: SortedNet, params: Params, submodel: SubModel) -> Decoder:
 def ladder(model: SortedNet, params: Params, drafts: Sequence[SubModel] | None) -> ladders.Ladder | None:
   """Sub-models of full width may draft: their layers are the model's first."""
   full = subnets.prefix(model.config)
-  wanted = submodels(model)[:-1] if drafts is None else drafts
+  wanted = drafts_of(submodels(model), drafts)
   parts = [subnet_of(model, submodel) for submodel in wanted]
   for submodel, part in zip(wanted, parts):
     require(

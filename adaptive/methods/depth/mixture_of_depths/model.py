@@ -184,9 +184,6 @@ def decide(
     Scores that weigh [b, t]; who passes, bool [b, t]; and the count after them.
   """
   scores, decisions = scores_of(config, routers, x)
-  if CHANCE in routers:
-    rate, layer = routers[CHANCE]
-    return scores, real & (chance.noise(chance.everywhere(positions), layer[0]) < rate[0]), count
   want, share = real & wants(config, decisions, rule), config.bound(rule.capacity_scale)
   if isinstance(share, float) and share >= 1:
     return scores, want, count
@@ -205,9 +202,16 @@ def causal_logits(
   config, nobody = model.method, jnp.zeros((batch["inputs"].shape[0],), jnp.int32)
   positions, real = batch["positions"], batch["segment_ids"] > 0
   x, context = model.apply({"params": params}, batch, method="embed")
+  places = chance.places(x, positions)
+
+  def who_passes(routers: Params, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    if rates is None:
+      return decide(config, routers, x, positions, real, rule, nobody)[:2]
+    rate, which = routers[CHANCE]
+    return scores_of(config, routers, x)[0], real & (chance.noise(places, which[0]) < rate[0])
 
   def routed(layer: Params, routers: Params, x: jax.Array):
-    scores, keep, _ = decide(config, routers, x, positions, real, rule, nobody)
+    scores, keep = who_passes(routers, x)
     one = jax.tree.map(lambda leaf: leaf[None], layer)
     y, _ = visits.one_shot(model.config, one, x, context, keep, "hole", visits.nothing(model.config, x))
     return weigh(config, x, y, scores), keep

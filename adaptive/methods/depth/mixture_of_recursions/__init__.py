@@ -91,7 +91,9 @@ def forward(model: MixtureOfRecursions, params: Params, batch: Batch, index: int
   """Logits under the causal rule. All tokens are computed, what is not kept is masked."""
   choose, rule = None, pick([rule_of(submodel) for submodel in submodels(model)], index)
   if model.chance:
-    choose = causal.by_chance(jnp.asarray(model.chance)[index])
+    embedded, _ = model.apply({"params": params}, batch, method="embed")
+    places = chance.places(embedded, batch["positions"])
+    choose = causal.by_chance(jnp.asarray(model.chance)[index], places)
     rule = Rule(model.method.num_recursions)
   logits, keeps = causal_logits(model, params, batch, rule, choose)
   return Output(logits, causal.realised(model, keeps, batch["segment_ids"] > 0))

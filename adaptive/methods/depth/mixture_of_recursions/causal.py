@@ -171,9 +171,9 @@ def top_k(capacities: tuple[int, ...], chunks: int = 1) -> Choose:
   return choose
 
 
-def by_chance(rates: jax.Array) -> Choose:
-  """Lets a share [r] of the candidates pass each recursion, whichever they are."""
-  return lambda which, scores, candidates: chance.noise(chance.everywhere(candidates), which) < rates[which]
+def by_chance(rates: jax.Array, places: jax.Array) -> Choose:
+  """Lets a share [r] of the candidates pass each recursion, whichever they are; `places` [b, t] are the tokens'."""
+  return lambda which, scores, candidates: chance.noise(places, which) < rates[which]
 
 
 def realised(model: nn.Module, keeps: list[jax.Array], real: jax.Array) -> Metrics:
