@@ -54,8 +54,7 @@ def one_shot(exits: Exits, params: Params, batch: Batch, rule: Rule) -> tuple[ja
   logits, ran, _ = leave(exits, params, x, batch["positions"], everyone, rule, run, state)
   found = realised(exits, ran, batch["segment_ids"] > 0)
   if exact:
-    count = {"exact": exit_costs.lazy_layers, "recompute": exit_costs.recomputed_layers}[exits.how.kv]
-    found["layer_tokens"] = count(exits, ran, batch["segment_ids"]), found["layers"][1]
+    found["layer_tokens"] = exit_costs.layers_run(exits, ran, batch["segment_ids"]), found["layers"][1]
   return logits, found
 
 

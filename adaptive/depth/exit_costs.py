@@ -11,34 +11,33 @@ from adaptive.depth.exits import Exits, Rule, fixed, repeated
 from adaptive.losses import SumCount
 
 
-def _depth(exits: Exits, ran: Sequence[jax.Array]) -> jax.Array:
-  """Layers of each token, int32 [b, t]."""
-  return sum((stop - start) * some.astype(jnp.int32) for (start, stop), some in zip(exits.segments, ran))
+def layers_run(exits: Exits, ran: Sequence[jax.Array], segment_ids: jax.Array) -> jax.Array:
+  """Layers that `adaptive.depth.lazy` runs for whole documents, fed token by token, summed over their tokens.
 
+  A scan over the tokens carries how deep those stand that wait, as the decoder's cache does: a token takes along all
+  that wait, and with no place left it goes all the way. While there is always a place, `exact` comes to
+  sum over t of max over t' >= t of depth(t'); with no place left it runs more than that.
 
-def recomputed_layers(exits: Exits, ran: Sequence[jax.Array], segment_ids: jax.Array) -> jax.Array:
-  """Layers run when each token takes along all of its document that have left since one went all the way."""
+  Args:
+    ran: which tokens ran the layers before each exit, bool [b, t] each. segment_ids: int32 [b, t]; 0 is padding, last.
+  """
+  full, again = exits.depths[-1], exits.how.kv == "recompute"
+  depth = sum((stop - start) * some.astype(jnp.int32) for (start, stop), some in zip(exits.segments, ran))
 
   def token(carry, seen):
-    waiting, before = carry
+    places, before = carry  # [b, wait]; `full` where none waits
     depth, segment = seen
-    waiting = jnp.where(segment == before, waiting, 0)
-    layers = depth * (waiting + 1) * (segment > 0)
-    return (jnp.where(depth == exits.depths[-1], 0, waiting + 1), segment), layers
+    places = jnp.where((segment == before)[:, None], places, full)
+    free = places == full
+    depth = jnp.where(jnp.any(free, axis=1), depth, full)[:, None]
+    begins = jnp.where(free, full, 0) if again else places
+    layers = depth[:, 0] + jnp.sum(jnp.maximum(depth - begins, 0), axis=1)
+    place = free & (jnp.cumsum(free, axis=1) == 1)
+    return (jnp.where(place, depth, jnp.maximum(places, depth)), segment), layers * (segment > 0)
 
-  start = jnp.zeros_like(segment_ids[:, 0]), segment_ids[:, 0]
-  _, layers = jax.lax.scan(token, start, (_depth(exits, ran).T, segment_ids.T))
+  start = jnp.full((len(segment_ids), exits.how.wait), full), segment_ids[:, 0]
+  _, layers = jax.lax.scan(token, start, (depth.T, segment_ids.T))
   return jnp.sum(layers, dtype=jnp.float32)
-
-
-def lazy_layers(exits: Exits, ran: Sequence[jax.Array], segment_ids: jax.Array) -> jax.Array:
-  """Layers run by lazy resume, summed over tokens: each as deep as it or a later one of its document goes."""
-  depth = _depth(exits, ran)
-  # Documents follow each other, so the deepest from here on is in one's own if every earlier document stands higher.
-  order = jnp.where(segment_ids > 0, segment_ids, jnp.max(segment_ids) + 1)  # padding is last
-  above = (exits.depths[-1] + 1) * (jnp.max(order) - order)
-  deepest = jax.lax.cummax(depth + above, axis=1, reverse=True) - above
-  return jnp.sum(deepest * (segment_ids > 0), dtype=jnp.float32)
 
 
 def cost(exits: Exits, rule: Rule, seq_len: int, realised: Mapping[str, SumCount]) -> costs.Cost:
@@ -46,7 +45,7 @@ def cost(exits: Exits, rule: Rule, seq_len: int, realised: Mapping[str, SumCount
 
   Heads are counted at every exit that a token passes, where the signal reads logits. Keys and values of layers that a
   token did not run cost their projections under `project`; under `exact` and `recompute` the layers are run later, if a
-  later token of the row needs them. A `hole` is still counted as attended to.
+  later token of the row needs them or no more may wait. A `hole` is still counted as attended to.
   """
   config, how = exits.config, exits.how
   passes = sum(depth <= rule.depth for depth in exits.depths) if fixed(rule) else len(exits.depths)
