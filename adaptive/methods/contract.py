@@ -66,11 +66,13 @@ class Decoder(NamedTuple):
       as in `Output.aux`). The first counts[row] of a row's tokens are real and follow those that the cache holds, the
       others are padding. The logits are those of the token after a row's last real one. A row with count 0 stays as it
       is, takes part in no realised quantity, and its logits mean nothing.
+    cycle: after so many tokens, at most, the work that steps put off is done: who times steps takes whole cycles.
   """
 
   params: Params
   empty_cache: Callable[[int, int], Cache]
   step: Callable[[Params, jax.Array, jax.Array, Cache], tuple[jax.Array, Cache, Metrics]]
+  cycle: int = 1
 
 
 class Ticker(NamedTuple):

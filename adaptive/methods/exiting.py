@@ -110,8 +110,9 @@ def decoder(model: nn.Module, params: Params, submodel: SubModel) -> Decoder:
     return Decoder(*decoding.dense(found[0], {**found[1], "layers": params["layers"]}, exits.layers[: rule.depth]))
   if found is not None:
     return Decoder(*decoding.dense(*found))
-  if exits.how.kv in ("exact", "recompute"):
-    return Decoder(*lazy.decoder(exits, params, rule, exits.how.wait, again=exits.how.kv == "recompute"))
+  if exits.how.kv in parts.FULL_KEYS:
+    again, wait = exits.how.kv == "recompute", exits.how.wait
+    return Decoder(*lazy.decoder(exits, params, rule, wait, again), cycle=wait + 1)
   return Decoder(*climb.decoder(parts.up_to(exits, rule), params, rule))
 
 
