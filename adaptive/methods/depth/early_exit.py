@@ -92,6 +92,7 @@ def weights_at(model: EarlyExit, step: jax.Array) -> jax.Array:
 
 def loss(model: EarlyExit, params: Params, batch: Batch, choice, key, step) -> tuple[jax.Array, Metrics]:
   """Weighted mean over exits of the next-token cross entropy."""
+  params = heads.frozen(params) if model.method.heads_only else params
   hidden = executors.exits(model.config, params, batch, model.trained)
   pairs = heads.read(model, params, hidden, objectives.cross_entropy_of(batch))
   return objectives.weighted(pairs, weights_at(model, step)), heads.by_depth(model, pairs)
@@ -103,6 +104,7 @@ def learning_rates(model: EarlyExit) -> dict[str, float]:
 
 
 def update_flops(model: EarlyExit, choice: tuple[int, ...], seq_len: int) -> float:
-  """One forward pass through all layers, and a head at every exit."""
+  """One forward pass through all layers, and a head at every exit; and backward what is trained of it."""
   full = costs.dense_cost(model.config, seq_len).flops_per_token
-  return costs.update_flops(full + (len(model.trained) - 1) * costs.head_flops(model.config))
+  early = (len(model.trained) - 1) * costs.head_flops(model.config)
+  return full + costs.update_flops(early) if model.method.heads_only else costs.update_flops(full + early)

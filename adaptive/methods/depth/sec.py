@@ -142,7 +142,7 @@ def labels(right: jax.Array) -> jax.Array:
 def loss(model: Sec, params: Params, batch: Batch, choice, key, step) -> tuple[jax.Array, Metrics]:
   """Mean over exits of the heads' cross entropy, and the mean of the controller's, weighted by the number of layers."""
   if model.method.backbone == "frozen":
-    params = {k: jax.lax.stop_gradient(part) if k in heads.BACKBONE else part for k, part in params.items()}
+    params = heads.frozen(params)
   hidden = executors.exits(model.config, params, batch, model.trained)
   mask, targets = batch["segment_ids"] > 0, batch["targets"]
   read = lambda logits: (losses.cross_entropy(logits, targets, mask), jnp.argmax(logits, axis=-1) == targets)
