@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from adaptive import cost as costs
-from adaptive.depth.exits import Exits, Rule, fixed, repeated
+from adaptive.depth.exits import Exits, Rule, fixed, repeated, stands_alone
 from adaptive.losses import SumCount
 
 
@@ -45,16 +45,22 @@ def cost(exits: Exits, rule: Rule, seq_len: int, realised: Mapping[str, SumCount
 
   Heads are counted at every exit that a token passes, where the signal reads logits. Keys and values of layers that a
   token did not run cost their projections under `project`; under `exact` and `recompute` the layers are run later, if a
-  later token of the row needs them or no more may wait. A `hole` is still counted as attended to.
+  later token of the row needs them or no more may wait. A `hole` is still counted as attended to, not as written.
+
+  Parameters are those of the sub-model alone; only the full model's `params_total` is all that the run has.
   """
   config, how = exits.config, exits.how
   passes = sum(depth <= rule.depth for depth in exits.depths) if fixed(rule) else len(exits.depths)
+  full, alone = rule.depth == exits.depths[-1], stands_alone(exits, rule)
   # An exit that stands alone has its own head in place of the model's.
-  alone = exits.own_params > 0 and fixed(rule) and rule.depth < exits.depths[-1]
-  small = dataclasses.replace(config, num_layers=rule.depth, tied_embeddings=config.tied_embeddings and not alone)
-  dense = costs.dense_cost(small, seq_len)
-  added = exits.added_params + (0 if alone else exits.own_params * (len(exits.depths) - 1))
-  dense = costs.with_params(dense, added - repeated(exits, rule.depth) * costs.layer_params(config))
+  tied = config.tied_embeddings and not (alone and exits.own_params and not full)
+  dense = costs.dense_cost(dataclasses.replace(config, num_layers=rule.depth, tied_embeddings=tied), seq_len)
+  dense = costs.with_params(dense, -repeated(exits, rule.depth) * costs.layer_params(config))
+  added = exits.added_params + exits.own_params * (len(exits.depths) - 1)
+  if not alone:
+    dense = costs.with_params(dense, added)
+  elif full:
+    dense = dataclasses.replace(dense, params_total=dense.params_total + added)
   loop = exits.loop.flops if exits.loop else 0.0
   if fixed(rule):  # stands alone, without the layers above the dial's depth
     weighed = exits.learned_flops * (passes - 1) if exits.signal({}, 0).averages else 0.0
@@ -72,4 +78,8 @@ def cost(exits: Exits, rule: Rule, seq_len: int, realised: Mapping[str, SumCount
   asked = sum(exits.asked_flops(which) * share for which, share in enumerate(shares))
   entered = len(shares) if how.kv == "project" else sum(shares)
   total = layers + heads * costs.head_flops(config) + asked + entered * loop
-  return dataclasses.replace(dense, flops_per_token=total)
+  written = dense.kv_bytes_per_token
+  if how.kv == "hole":
+    visits = sum((stop - start) * share for share, (start, stop) in zip(shares, exits.segments))
+    written = round(written * visits / exits.depths[-1])
+  return dataclasses.replace(dense, flops_per_token=total, kv_bytes_per_token=written)

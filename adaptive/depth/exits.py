@@ -216,6 +216,14 @@ def fixed(rule: Rule) -> bool:
   return min(rule.thresholds, default=math.inf) == math.inf
 
 
+def stands_alone(exits: Exits, rule: Rule) -> bool:
+  """Whether a sub-model is an ordinary dense model, with nothing of what the method adds; of a rule of plain numbers.
+
+  None is where a pass of a loop is more than its layers, or a head reads a mean of streams.
+  """
+  return fixed(rule) and exits.loop is None and not exits.signal({}, 0).averages
+
+
 def choose(all_rules: Sequence[Rule], index: int | jax.Array) -> Rule:
   """The rule at an index; for a traced one, of traced numbers."""
   if isinstance(index, int):
