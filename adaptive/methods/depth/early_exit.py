@@ -24,7 +24,7 @@ import numpy as np
 from adaptive import cost as costs
 from adaptive import executors
 from adaptive.backbone.transformer import Batch
-from adaptive.config import ModelConfig, require, require_range
+from adaptive.config import ModelConfig, TrainingConfig, require, require_range, require_trained
 from adaptive.depth import exits as exiting
 from adaptive.depth import heads, objectives
 from adaptive.methods.contract import Metrics, Params
@@ -32,8 +32,9 @@ from adaptive.methods.defaults import batch_parts, control, init_from, static_ch
 from adaptive.methods.exiting import at_random, cost, decoder, diagnose, extract, forward, ladder, sample, submodels
 
 __all__ = [
-  "Config", "at_random", "batch_parts", "build", "control", "cost", "decoder", "diagnose", "extract", "forward",
-  "init_from", "ladder", "learning_rates", "loss", "sample", "static_choice", "submodels", "ticker", "update_flops",
+  "Config", "at_random", "batch_parts", "build", "check_training", "control", "cost", "decoder", "diagnose", "extract",
+  "forward", "init_from", "ladder", "learning_rates", "loss", "sample", "static_choice", "submodels", "ticker",
+  "update_flops",
 ]  # fmt: skip
 
 
@@ -79,6 +80,11 @@ def build(model_config: ModelConfig, config: Config) -> EarlyExit:
     f"method.listed_weights={given} must be {len(model.trained)} numbers, not negative, the last positive",
   )
   return model
+
+
+def check_training(model: EarlyExit, training: TrainingConfig) -> None:
+  if model.method.heads_only:
+    require_trained(training, "method.heads_only")
 
 
 def weights_at(model: EarlyExit, step: jax.Array) -> jax.Array:

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from adaptive import cost as costs
 from adaptive import executors, losses, routing
 from adaptive.backbone.transformer import Batch
-from adaptive.config import ModelConfig, require, require_range
+from adaptive.config import ModelConfig, TrainingConfig, require, require_range, require_trained
 from adaptive.depth import exits as exiting
 from adaptive.depth import heads
 from adaptive.depth.signals import Signal
@@ -34,8 +34,9 @@ from adaptive.methods.defaults import batch_parts, control, init_from, static_ch
 from adaptive.methods.exiting import at_random, cost, decoder, diagnose, extract, forward, ladder, sample, submodels
 
 __all__ = [
-  "Config", "at_random", "batch_parts", "build", "control", "cost", "decoder", "diagnose", "extract", "forward",
-  "init_from", "ladder", "learning_rates", "loss", "sample", "static_choice", "submodels", "ticker", "update_flops",
+  "Config", "at_random", "batch_parts", "build", "check_training", "control", "cost", "decoder", "diagnose", "extract",
+  "forward", "init_from", "ladder", "learning_rates", "loss", "sample", "static_choice", "submodels", "ticker",
+  "update_flops",
 ]  # fmt: skip
 
 CONTINUE, EXIT, STOP = range(3)  # what the controller says
@@ -122,6 +123,11 @@ def build(model_config: ModelConfig, config: Config) -> Sec:
     "tokenizer's end of a document",
   )
   return heads.check(Sec(model_config, method=config))
+
+
+def check_training(model: Sec, training: TrainingConfig) -> None:
+  if model.method.backbone == "frozen":
+    require_trained(training, "method.backbone='frozen'")
 
 
 def actions(params: Params, x: jax.Array) -> jax.Array:
