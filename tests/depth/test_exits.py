@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import numpy as np
@@ -180,7 +181,14 @@ def test_a_hole_writes_no_keys():
     (dict(exits=(1, 3), exit=Exiting(per_exit=(0.5,))), "no multiple of 2 early exits"),
     (dict(exits=(1, 3), exit=Exiting(decay=1.5)), "exit.decay"),
     (dict(exits=(1, 3), exit=Exiting(wait=0)), "exit.wait"),
+    (dict(exits=(1, 3), exit=Exiting(decay_length=0)), "exit.decay_length=0 must be more than 0"),
+    (dict(exits=(1, 3), exit=Exiting(decay_rate=-4.0)), "exit.decay_rate=-4.0 must be at least 0"),
+    (dict(exits=(1, 3), exit=Exiting(decay_rate=math.nan)), "exit.decay_rate=nan must be at least 0"),
+    (dict(exits=(1, 3), exit=Exiting(decay=0.1, thresholds=(0.5, -1.0))), "decay=0.1 would raise .* threshold -1 for"),
+    (dict(exits=(1,), exit=Exiting(decay=0.1, per_exit=(-0.2,))), "decay=0.1 would raise .* threshold -0.2 for"),
     (dict(exits=(1, 3), listed_weights=(1.0, 1.0)), "listed_weights"),
+    (dict(exits=(1,), listed_weights=(1.0, math.inf)), "listed_weights.*finite"),
+    (dict(exits=(1,), listed_weights=(math.nan, 1.0)), "listed_weights.*finite"),
   ],
 )
 def test_settings_that_cannot_work_are_named(settings, message):

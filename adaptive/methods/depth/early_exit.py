@@ -15,6 +15,7 @@ Departures, with reasons:
 """
 
 import dataclasses
+import math
 from typing import Literal
 
 import jax
@@ -76,8 +77,8 @@ def build(model_config: ModelConfig, config: Config) -> EarlyExit:
   model = heads.check(EarlyExit(model_config, method=config))
   given = config.listed_weights
   require(
-    not given or (len(given) == len(model.trained) and min(given) >= 0 and given[-1] > 0),
-    f"method.listed_weights={given} must be {len(model.trained)} numbers, not negative, the last positive",
+    not given or (len(given) == len(model.trained) and all(0 <= x < math.inf for x in given) and given[-1] > 0),
+    f"method.listed_weights={given} must be {len(model.trained)} finite numbers, not negative, the last positive",
   )
   return model
 
