@@ -43,8 +43,8 @@ class Exiting:
       the paper. decay_length: tokens.
     kv: what later tokens attend to in layers that a token did not run: a rule of `adaptive.depth.visits` (`latest` is
       for layers that run several times), `exact`, or `recompute`.
-    wait: with `exact` and `recompute`, how many tokens of a row may wait below layers that they did not run, see
-      `adaptive.depth.lazy`.
+    wait: with `exact` and `recompute`, how many tokens of a row may wait below layers that they did not run; the next
+      goes all the way and takes them along, see `adaptive.depth.lazy`.
   """
 
   depths: tuple[int, ...] = ()

@@ -11,7 +11,12 @@ Departures, with reasons:
   threshold of 1 is passed where a softmax rounds to 1);
 - what is projected is the stream at the exit (CALM's released decoding projects that of the first exit);
 - signals are of each token by itself (CALM's released cosine is over the whole batch);
-- the loss is a weighted mean, not a sum, so that a learning rate fits whatever the number of exits.
+- the loss is a weighted mean, not a sum, so that a learning rate fits whatever the number of exits;
+- an exit has at most a norm and a matrix of its own: the MLP or whole layer that EE-LLM and EE-Tuning may put before
+  them is absent, as are their warm-up along a cosine (ours is linear) and their weights of single tokens;
+- CALM's classifier, trained to say that an exit agrees with the model, is absent (`learned` is that of other methods),
+  and so is the threshold that FREE finds while it decodes, by a mixture of Beta distributions: of FREE (Bae et al.,
+  arXiv 2310.05424) there are the keys, `exit.kv="exact"`.
 """
 
 import dataclasses
