@@ -37,6 +37,11 @@ def nearest(name: str, known: typing.Iterable[str], prefix: str = "") -> str:
   return f"did you mean {prefix}{near[0]}?" if near else f"{prefix.rstrip('.')} has no fields"
 
 
+def require_trained(training: "TrainingConfig", setting: str) -> None:
+  """ConfigError unless a run whose setting leaves most parameters as they are begins with a trained model's."""
+  require(bool(training.init_from), f"{setting} trains what is added to a trained model: name it, training.init_from")
+
+
 def require_range(
   config: Any, prefix: str, fields: str, low: float, high: float = math.inf, above: bool = False
 ) -> None:

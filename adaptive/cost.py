@@ -10,7 +10,8 @@ class Cost:
   """Cost of one sub-model, standing alone.
 
   Attributes:
-    params_total: all its parameters. params_non_embedding: without the embedding table (and an untied head).
+    params_total: all its parameters; the full model's are all that the run has. params_non_embedding: without the
+      embedding table (and an untied head).
     params_active: parameters that take part in computing one token: all but the rows of the embedding table that are
       only looked up. A tied table counts once, as the head.
     flops_per_token: forward pass, a multiply-add counted as two, output head included, attention over the mean length.

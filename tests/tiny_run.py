@@ -46,6 +46,8 @@ def config(data: str, method: str = "sorted_net", **fields):
   settings.data.update(source="files", path=data, seq_len=32, batch_size=16)
   settings.training.update(steps=8, log_every=1)
   settings.training.optimizer.update(warmup_steps=1, learning_rate=1e-2)
+  if method == "jei_dnn":
+    settings.training.optimizer.inactive = "freeze"
   settings.evaluation.update(rows=5, batch_size=8, latency_repeats=5, prefill_tokens=8)
   settings.update_from_flattened_dict(fields)
   return settings

@@ -62,8 +62,7 @@ def realised(exits: Exits, ran: Sequence[jax.Array], segment_ids: jax.Array) -> 
   """
   found = walk.realised(exits, ran, segment_ids > 0)
   if exits.how.kv in FULL_KEYS:
-    count = {"exact": exit_costs.lazy_layers, "recompute": exit_costs.recomputed_layers}[exits.how.kv]
-    found["layer_tokens"] = count(exits, ran, segment_ids), found["layers"][1]
+    found["layer_tokens"] = exit_costs.layers_run(exits, ran, segment_ids), found["layers"][1]
   return found
 
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from adaptive.backbone.layers import rms_norm
 from adaptive.backbone.transformer import Params, Transformer
-from adaptive.config import ModelConfig, require
+from adaptive.config import ModelConfig, require, require_range
 from adaptive.depth import visits
 from adaptive.depth.signals import SIGNALS, Signal
 
@@ -40,11 +40,12 @@ class Exiting:
     per_exit: each entry is a sub-model too: a threshold for every exit but the last, one after the other for all
       sub-models (what the solver of `adaptive.evaluation.thresholds` finds).
     decay: CALM's lower thresholds for later tokens, threshold * (1 - decay + decay e^(-rate position / decay_length));
-      0 is none, the paper takes 0.1. decay_rate: `rate`; 4 in the paper. decay_length: tokens.
+      0 is none, the paper takes 0.1; no threshold may be negative then, for it would rise. decay_rate: `rate`; 4 in
+      the paper. decay_length: tokens.
     kv: what later tokens attend to in layers that a token did not run: a rule of `adaptive.depth.visits` (`latest` is
       for layers that run several times), `exact`, or `recompute`.
-    wait: with `exact` and `recompute`, how many tokens of a row may wait below layers that they did not run, see
-      `adaptive.depth.lazy`.
+    wait: with `exact` and `recompute`, how many tokens of a row may wait below layers that they did not run; the next
+      goes all the way and takes them along, see `adaptive.depth.lazy`.
   """
 
   depths: tuple[int, ...] = ()
@@ -201,12 +202,21 @@ def check(
     not how.per_exit or (early > 0 and len(how.per_exit) % early == 0),
     f"method.exit.per_exit has {len(how.per_exit)} thresholds, which is no multiple of {early} early exits",
   )
-  finite = all(map(math.isfinite, (*how.thresholds, *how.per_exit)))
-  require(finite, "method.exit.thresholds and per_exit must be finite; 1e9 lets none leave")
-  require(0 <= how.decay < 1, f"method.exit.decay={how.decay} must be at least 0 and less than 1")
-  require(how.wait >= 1, f"method.exit.wait={how.wait} must be at least 1")
-  require(how.decay_length > 0, f"method.exit.decay_length={how.decay_length} must be more than 0")
+  _check_numbers(how)
   return depths
+
+
+def _check_numbers(how: Exiting) -> None:
+  limits = (*how.thresholds, *how.per_exit)
+  require(all(map(math.isfinite, limits)), "method.exit.thresholds and per_exit must be finite; 1e9 lets none leave")
+  require(0 <= how.decay < 1, f"method.exit.decay={how.decay} must be at least 0 and less than 1")
+  require(
+    not how.decay or min(limits, default=0.0) >= 0,
+    f"method.exit.decay={how.decay} would raise the negative threshold {min(limits, default=0.0):g} for later tokens",
+  )
+  require_range(how, "method.exit.", "decay_rate", 0)
+  require_range(how, "method.exit.", "decay_length", 0, above=True)
+  require_range(how, "method.exit.", "wait", 1)
 
 
 def rules(exits: Exits) -> dict[tuple[tuple[str, int | float], ...], Rule]:
@@ -224,6 +234,14 @@ def rules(exits: Exits) -> dict[tuple[tuple[str, int | float], ...], Rule]:
 def fixed(rule: Rule) -> bool:
   """Whether no token leaves but at the rule's depth; of a rule of plain numbers."""
   return min(rule.thresholds, default=math.inf) == math.inf
+
+
+def stands_alone(exits: Exits, rule: Rule) -> bool:
+  """Whether a sub-model is an ordinary dense model, with nothing of what the method adds; of a rule of plain numbers.
+
+  None is where a pass of a loop is more than its layers, or a head reads a mean of streams.
+  """
+  return fixed(rule) and exits.loop is None and not exits.signal({}, 0).averages
 
 
 def choose(all_rules: Sequence[Rule], index: int | jax.Array) -> Rule:

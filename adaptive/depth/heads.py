@@ -86,6 +86,11 @@ def check(model: ExitModel) -> ExitModel:
   return model
 
 
+def frozen(params: Params) -> Params:
+  """The parameters, to whose backbone no gradient flows."""
+  return {name: jax.lax.stop_gradient(part) if name in BACKBONE else part for name, part in params.items()}
+
+
 def read(model: ExitModel, params: Params, hidden: jax.Array, reader: Callable[[jax.Array], Any]) -> Any:
   """What `reader` makes of the logits [b, t, v] at every trained exit, stacked [e, ...].
 

@@ -2,13 +2,18 @@
 
 A token that leaves at a layer leaves its residual stream behind. When a later token of its row runs that layer, it
 takes along all that wait below it: they go up together, in the same products, and their keys and values are those of a
-model without exits. A layer is run for a token at most once, and for no token above the deepest that it or a later one
-reaches: sum over t of max over t' >= t of depth(t') layer-tokens. With two exits this is FREE (arXiv 2310.05424).
-
-With `again` those that wait begin at the bottom with every token, as EE-LLM recomputes them (arXiv 2312.04916, Section
-4): the same keys, for more work, which has no such bound.
+model without exits. A layer is run for a token at most once. These are the keys of FREE (arXiv 2310.05424), which has
+two exits; its threshold, found while it decodes, is not here.
 
 At most `wait` tokens of a row wait; with no place left, the next token goes all the way and takes all of them along.
+While there is a place for all, no token runs above the deepest that it or a later one reaches: the layer-tokens are
+sum over t of max over t' >= t of depth(t'). In a long text whose tokens all leave early they come near the full
+model's, and must: all but the last `wait` run every layer one day, whoever goes first. What is saved is time. To take
+all along reads the weights above the exits once in wait + 1 tokens; to finish only the oldest, which alone needs no
+other's keys and frees a place too, would read them with every token, for at most `wait` tokens' layers less.
+
+With `again` those that wait begin at the bottom with every token, as EE-LLM recomputes them (arXiv 2312.04916, Section
+4): the same keys, for more work, which may be more than the full model's.
 """
 
 from collections.abc import Callable
@@ -72,8 +77,9 @@ def decoder(
     """A prompt goes all the way up: its tokens' own exits decide what is read, and nothing waits."""
     if again:
       cache = cache._replace(x=cache.embedded, depths=jnp.where(cache.positions == NOBODY, full, 0))
+    worked = jnp.zeros(())
     if tokens.shape[1] > 1:
-      cache = _flush(exits, params, cache)
+      cache, worked = _flush(exits, params, cache)
     slots = cache.layers[0].key.shape[2]
     offsets = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
     positions, real = cache.lengths[:, None] + offsets, offsets < counts[:, None]
@@ -111,7 +117,7 @@ def decoder(
       # Those that have left, and go on for others only, are not asked again.
       return jnp.where(alive[..., None], state[1], x), state
 
-    embedded, state = x[:, -1], (cache, x, jnp.zeros_like(positions), jnp.zeros(()))
+    embedded, state = x[:, -1], (cache, x, jnp.zeros_like(positions), worked)
     logits, ran, (cache, x, depth, worked) = walk.leave(exits, params, x, positions, real, rule, run, state)
     cache = _leave_behind(cache, x[:, -1], embedded, positions[:, -1], depth[:, -1], real[:, -1], full)
     found = walk.realised(exits, ran, real)
@@ -143,12 +149,13 @@ def _leave_behind(cache: Cache, x: jax.Array, embedded: jax.Array, position, dep
   )
 
 
-def _flush(exits: Exits, params: Params, cache: Cache) -> Cache:
-  """All that wait go all the way up."""
+def _flush(exits: Exits, params: Params, cache: Cache) -> tuple[Cache, jax.Array]:
+  """All that wait go all the way up; and the layer-tokens that this takes."""
   config, full, slots = exits.config, len(cache.layers), cache.layers[0].key.shape[2]
 
-  def climb(cache: Cache) -> Cache:
+  def climb(cache: Cache) -> tuple[Cache, jax.Array]:
     layers, x, depths = list(cache.layers), cache.x, cache.depths
+    worked = jnp.sum(full - depths, dtype=jnp.float32)
     for layer in range(full):
       moving = depths == layer
       context = _context(config, jnp.where(moving, cache.positions, NOBODY), slots)
@@ -156,6 +163,7 @@ def _flush(exits: Exits, params: Params, cache: Cache) -> Cache:
         config, (params["layers"][exits.layers[layer]],), x, context, (layers[layer],)
       )
       x, depths = jnp.where(moving[..., None], y, x), jnp.where(moving, layer + 1, depths)
-    return cache._replace(layers=tuple(layers), x=x, positions=jnp.full_like(cache.positions, NOBODY), depths=depths)
+    positions = jnp.full_like(cache.positions, NOBODY)
+    return cache._replace(layers=tuple(layers), x=x, positions=positions, depths=depths), worked
 
-  return jax.lax.cond(jnp.any(cache.positions != NOBODY), climb, lambda cache: cache, cache)
+  return jax.lax.cond(jnp.any(cache.positions != NOBODY), climb, lambda cache: (cache, jnp.zeros(())), cache)

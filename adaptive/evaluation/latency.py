@@ -18,12 +18,12 @@ from adaptive.methods.contract import Decoder
 
 WARM_UP = 2  # turns of each sub-model that do not count
 ROUNDS = 5
-RUN = 8  # tokens that are timed together
+RUN = 8  # tokens that are timed together, at least (`run_of`)
 
 
 @dataclasses.dataclass(frozen=True)
 class Latency:
-  """Milliseconds: median and 90th percentile, of a prompt, and of one more token in runs of `RUN`."""
+  """Milliseconds: median and 90th percentile, of a prompt, and of one more token in runs of `run_of`."""
 
   prefill_ms: float
   prefill_ms_p90: float
@@ -31,16 +31,21 @@ class Latency:
   step_ms_p90: float
 
 
+def run_of(decoders: Sequence[Decoder]) -> int:
+  """How many tokens to time together, so that work put off comes due as often as in a long text: two whole cycles."""
+  return max(RUN, *(2 * decoder.cycle for decoder in decoders))
+
+
 class _Timed:
   """A decoder's compiled prefill and step; caches are donated, as in generation.
 
   Args:
-    prefill_tokens: of the prompt; the `RUN` tokens after it are decoded.
+    prefill_tokens: of the prompt; the `run` tokens after it are decoded.
   """
 
-  def __init__(self, decoder: Decoder, prefill_tokens: int):
-    self._decoder, self._prompt = decoder, prefill_tokens
-    self._slots = prefill_tokens + RUN
+  def __init__(self, decoder: Decoder, prefill_tokens: int, run: int):
+    self._decoder, self._prompt, self._run = decoder, prefill_tokens, run
+    self._slots = prefill_tokens + run
 
     def compiled(tokens: int):
       shapes = jax.ShapeDtypeStruct((1, tokens), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)
@@ -53,9 +58,9 @@ class _Timed:
     self.step_times: list[float] = []
 
   def __call__(self, row: np.ndarray, record: bool) -> None:
-    """One turn on a row of at least prefill_tokens + RUN tokens."""
+    """One turn on a row, which begins again where it has fewer than prefill_tokens + run tokens."""
     params, prompt = self._decoder.params, self._prompt
-    pieces = [jnp.full((1, 1), row[i % len(row)], jnp.int32) for i in range(prompt, prompt + RUN)]
+    pieces = [jnp.full((1, 1), row[i % len(row)], jnp.int32) for i in range(prompt, prompt + self._run)]
     tokens, many, one = jnp.asarray(row[None, :prompt], jnp.int32), jnp.full((1,), prompt), jnp.ones((1,), jnp.int32)
     cache = jax.block_until_ready(self._empty())
     start = time.perf_counter()
@@ -68,7 +73,7 @@ class _Timed:
     end = time.perf_counter()
     if record:
       self.prefill_times.append(1000 * (between - start))
-      self.step_times.append(1000 * (end - between) / RUN)
+      self.step_times.append(1000 * (end - between) / self._run)
 
 
 def measure(
@@ -84,12 +89,12 @@ def measure(
   of them alone.
 
   Args:
-    rows: int [r, t]; t is at least prefill_tokens + RUN.
+    rows: int [r, t]; t is at least prefill_tokens.
     report: called with the number of decoders compiled.
   """
-  timed = []
+  timed, run = [], run_of(decoders)
   with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:  # the compiler does not hold Python's lock
-    for done, one in enumerate(pool.map(lambda decoder: _Timed(decoder, prefill_tokens), decoders), 1):
+    for done, one in enumerate(pool.map(lambda decoder: _Timed(decoder, prefill_tokens, run), decoders), 1):
       timed.append(one)
       report(done)
   turn = 0

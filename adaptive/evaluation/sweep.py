@@ -38,7 +38,7 @@ def sweep(
   with _bar("quality", len(submodels)) as report:
     measured = quality.measure(method, model, params, batches, mesh, range(len(submodels)), report=report)
   chance = _at_random(method, model, params, batches, mesh, measured)
-  times = _latencies(method, model, params, experiment, dataset) if settings.latency else []
+  times, how = _latencies(method, model, params, experiment, dataset) if settings.latency else ([], {})
   full = len(submodels) - 1
   results = []
   for i, submodel in enumerate(submodels):
@@ -64,10 +64,7 @@ def sweep(
     "device": f"{mesh.size} x {jax.devices()[0].device_kind}, jax {jax.__version__}",
   }
   diagnosis = method.diagnose(model, params, batches, mesh)
-  if times:
-    prompt = _prompt_tokens(experiment)
-    notes["latency"] = f"batch 1, held-out prompts of {prompt} tokens, then token by token in runs of {latency.RUN}"
-  return Family(label, tuple(results), submodels[full].name, notes, measured.commonest, diagnosis)
+  return Family(label, tuple(results), submodels[full].name, {**notes, **how}, measured.commonest, diagnosis)
 
 
 def _at_random(
@@ -85,25 +82,23 @@ def _at_random(
   return [None if index is None else losses.loss(wanted.index(index)) for index in indices]
 
 
-def _prompt_tokens(experiment: Experiment) -> int:
-  """Of the latency measurement: what the config says, if a row has so many and a run more."""
-  return max(1, min(experiment.evaluation.prefill_tokens, experiment.data.seq_len - latency.RUN))
-
-
 def _latencies(
   method: Method, model: nn.Module, params: Params, experiment: Experiment, dataset: Dataset
-) -> list[latency.Latency]:
-  """Of every sub-model, on the first device; none where several processes hold the parameters."""
+) -> tuple[list[latency.Latency], dict[str, str]]:
+  """Of every sub-model, on the first device, and a note; nothing where several processes hold the parameters."""
   if jax.process_count() > 1:
     print("latency is not measured with several processes: run eval.py on one of them", file=sys.stderr)
-    return []
+    return [], {}
   settings, submodels = experiment.evaluation, method.submodels(model)
   number = min(settings.rows, len(dataset.validation))
   rows = np.stack([dataset.validation[i]["inputs"] for i in range(number)])
   with _bar("latency", len(submodels)) as report, jax.default_device(jax.local_devices()[0]):
     params = jax.device_put(params, jax.local_devices()[0])
     decoders = [method.decoder(model, params, submodel) for submodel in submodels]
-    return latency.measure(decoders, rows, _prompt_tokens(experiment), settings.latency_repeats, report)
+    run = latency.run_of(decoders)
+    prompt = max(1, min(settings.prefill_tokens, rows.shape[1] - run))  # what the config says, if a row has a run more
+    times = latency.measure(decoders, rows, prompt, settings.latency_repeats, report)
+  return times, {"latency": f"batch 1, held-out prompts of {prompt} tokens, then token by token in runs of {run}"}
 
 
 class _bar:  # noqa: N801 - reads as a function

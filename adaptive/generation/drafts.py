@@ -75,8 +75,8 @@ class Chooser:
 
   Args:
     layers: that each draft runs, in the order of the ladder. full: layers of the model.
-    lengths: of which a round takes one. Each with each draft is a program to compile, as long as its layers: pairs whose
-      drafted tokens run more than twice the model's layers, which promise little, are never taken.
+    lengths: of which a round takes one. Each with each draft is a program to compile, as long as its layers: pairs
+      whose drafted tokens run more than twice the model's layers, which promise little, are never taken.
     overhead: what drafting a token costs beside the draft's layers, in layers: embedding, head, choice of a token. The
       paper counts none.
     decay: of what was counted of a draft, each time that it is counted anew (omega in the paper).

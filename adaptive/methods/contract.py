@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from adaptive.config import ModelConfig, require
+from adaptive.config import ModelConfig, TrainingConfig, require
 from adaptive.cost import Cost
 from adaptive.depth.ladder import Ladder
 from adaptive.losses import SumCount
@@ -66,11 +66,13 @@ class Decoder(NamedTuple):
       as in `Output.aux`). The first counts[row] of a row's tokens are real and follow those that the cache holds, the
       others are padding. The logits are those of the token after a row's last real one. A row with count 0 stays as it
       is, takes part in no realised quantity, and its logits mean nothing.
+    cycle: after so many tokens, at most, the work that steps put off is done: who times steps takes whole cycles.
   """
 
   params: Params
   empty_cache: Callable[[int, int], Cache]
   step: Callable[[Params, jax.Array, jax.Array, Cache], tuple[jax.Array, Cache, Metrics]]
+  cycle: int = 1
 
 
 class Ticker(NamedTuple):
@@ -138,6 +140,9 @@ class Method(Protocol):
 
   def build(self, model_config: ModelConfig, config: Any) -> nn.Module:
     """The model; called on a batch it computes the full model's logits. ConfigError for settings that cannot be."""
+
+  def check_training(self, model: nn.Module, training: TrainingConfig) -> None:
+    """ConfigError for settings of the training with which the method's own would train something else than they say."""
 
   def submodels(self, model: nn.Module) -> tuple[SubModel, ...]:
     """All sub-models that the method trains, the full model last. An index below is a position in this list."""

@@ -5,10 +5,11 @@ from collections.abc import Mapping, Sequence
 import flax.linen as nn
 from jax.sharding import Mesh
 
+from adaptive.config import TrainingConfig
 from adaptive.methods.contract import Batch, Metrics, Params, SubModel
 
 __all__ = [
-  "at_random", "batch_parts", "control", "diagnose", "init_from", "ladder",
+  "at_random", "batch_parts", "check_training", "control", "diagnose", "init_from", "ladder",
   "learning_rates", "sample", "static_choice", "ticker",
 ]  # fmt: skip
 
@@ -26,6 +27,10 @@ def static_choice(model: nn.Module) -> bool:
 def batch_parts(model: nn.Module) -> int:
   """Every row is for the one model."""
   return 1
+
+
+def check_training(model: nn.Module, training: TrainingConfig) -> None:
+  """Trains in whatever way."""
 
 
 def control(model: nn.Module, params: Params, metrics: Metrics) -> Params:

@@ -13,6 +13,7 @@ from adaptive.methods.contract import Batch, Decoder, Metrics, Output, Params, S
 from adaptive.methods.defaults import (
   at_random,
   batch_parts,
+  check_training,
   control,
   diagnose,
   init_from,
@@ -24,8 +25,9 @@ from adaptive.methods.defaults import (
 )
 
 __all__ = [
-  "Config", "at_random", "batch_parts", "build", "control", "cost", "decoder", "diagnose", "extract", "forward",
-  "init_from", "ladder", "learning_rates", "loss", "sample", "static_choice", "submodels", "ticker", "update_flops",
+  "Config", "at_random", "batch_parts", "build", "check_training", "control", "cost", "decoder", "diagnose", "extract",
+  "forward", "init_from", "ladder", "learning_rates", "loss", "sample", "static_choice", "submodels", "ticker",
+  "update_flops",
 ]  # fmt: skip
 
 

@@ -84,12 +84,9 @@ def cost(model: nn.Module, submodel: SubModel, seq_len: int, realised: Metrics) 
 
 
 def extract(model: nn.Module, params: Params, submodel: SubModel) -> tuple[ModelConfig, Params] | None:
-  """A fixed depth as a dense model, with the exit's own head where it has one; None for thresholds.
-
-  None, too, where a pass of a loop is more than its layers, and where a head reads a mean of streams.
-  """
+  """A fixed depth as a dense model, with the exit's own head where it has one; None for what does not stand alone."""
   rule, exits = _rule(model, submodel), model.exits
-  if not parts.fixed(rule) or exits.loop is not None or exits.signal(params, 0).averages:
+  if not parts.stands_alone(exits, rule):
     return None
   own = exits.own(params, rule.depth)
   params = {name: params[name] for name in ("embedding", "layers", "final_norm")}
@@ -110,8 +107,9 @@ def decoder(model: nn.Module, params: Params, submodel: SubModel) -> Decoder:
     return Decoder(*decoding.dense(found[0], {**found[1], "layers": params["layers"]}, exits.layers[: rule.depth]))
   if found is not None:
     return Decoder(*decoding.dense(*found))
-  if exits.how.kv in ("exact", "recompute"):
-    return Decoder(*lazy.decoder(exits, params, rule, exits.how.wait, again=exits.how.kv == "recompute"))
+  if exits.how.kv in parts.FULL_KEYS:
+    again, wait = exits.how.kv == "recompute", exits.how.wait
+    return Decoder(*lazy.decoder(exits, params, rule, wait, again), cycle=wait + 1)
   return Decoder(*climb.decoder(parts.up_to(exits, rule), params, rule))
 
 

@@ -58,7 +58,7 @@ def plan(
   """Builds model, optimizer and mesh; reads no data and allocates nothing.
 
   Args:
-    training: whether the devices have to share the training batches too.
+    training: whether it is to train: then the devices have to share the training batches too.
     devices: of the mesh, those of this process by default. They may be a topology's, which nobody has to own.
 
   Raises:
@@ -71,6 +71,8 @@ def plan(
     f"model.attention='cudnn' needs a GPU and model.dtype='bfloat16', not {devices[0].platform} and {e.model.dtype}",
   )
   model = method.build(e.model, e.method)
+  if training:
+    method.check_training(model, e.training)
   mesh = sharding.make_mesh(e.mesh, devices)
   m = e.model
   sizes = dict(vocab=m.vocab_size, embed=m.d_model, kv_heads=m.num_kv_heads, mlp_groups=m.ff_groups)

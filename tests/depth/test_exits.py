@@ -1,6 +1,8 @@
 """Leaving early: thresholds by the slow way, the neutral settings, causality, rows, and what cannot be."""
 
+import dataclasses
 import functools
+import math
 
 import jax
 import numpy as np
@@ -9,6 +11,7 @@ import slow_exits
 import tiny
 from scipy import special
 
+from adaptive import cost as costs
 from adaptive import executors
 from adaptive.backbone.transformer import Transformer
 from adaptive.config import ConfigError
@@ -93,13 +96,15 @@ def test_a_later_token_changes_nothing_before(signal, kv):
   assert 1 < layers < 4, "some leave and some do not"
 
 
-@pytest.mark.parametrize("kv", ["project", "copy", "hole"])
+@pytest.mark.parametrize("kv", ["project", "copy", "hole", "exact", "recompute"])
 def test_a_row_leaves_where_it_leaves_alone_and_padding_changes_nothing(kv):
   _, params, run = built(kv=kv)
   batch = tiny.packed_batch(CONFIG, rows=3)
-  together = np.asarray(run(params, batch).logits)
-  alone = np.concatenate([run(params, jax.tree.map(lambda x, i=i: x[i : i + 1], batch)).logits for i in range(3)])
-  np.testing.assert_allclose(alone, together, rtol=1e-5, atol=1e-5)
+  together, counted = run(params, batch)
+  together = np.asarray(together)
+  logits, each = zip(*(run(params, jax.tree.map(lambda x, i=i: x[i : i + 1], batch)) for i in range(3)))
+  np.testing.assert_allclose(np.concatenate(logits), together, rtol=1e-5, atol=1e-5)
+  assert jax.tree.map(float, counted) == jax.tree.map(lambda *parts: float(sum(parts)), *each)
   real = np.asarray(batch["segment_ids"]) > 0
   padded = {**batch, "inputs": np.where(real, batch["inputs"], 7)}
   np.testing.assert_array_equal(np.asarray(run(params, padded).logits)[real], together[real])
@@ -139,6 +144,33 @@ def test_costs_count_what_ran_and_every_head_that_was_asked():
   assert one == pytest.approx(layer + head)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("method", ["early_exit", "jei_dnn", "sec"])
+def test_a_fixed_depth_costs_what_the_model_costs_that_is_extracted(method, tied):
+  """Beside a full model lie the heads and whatever decides for others; they compute nothing of it."""
+  config, method = tiny.model_config(vocab_size=200, tied_embeddings=tied), METHODS[method]
+  model = method.build(config, method.Config(exits=(1, 2, 3), heads="own"))
+  params = tiny.random_params(model)
+  everything = sum(leaf.size for leaf in jax.tree.leaves(params))
+  for submodel in [s for s in method.submodels(model) if "depth" in s.name]:
+    found = method.cost(model, submodel, 8, {})
+    want = costs.dense_cost(method.extract(model, params, submodel)[0], 8)
+    total = everything if submodel["depth"] == 4 else want.params_total
+    assert found == dataclasses.replace(want, params_total=total), submodel.name
+
+
+def test_a_hole_writes_no_keys():
+  """By hand: half of the tokens leave after one layer of four, a quarter after three."""
+  ran = {f"ran/{depth}": (tokens, 4.0) for depth, tokens in ((1, 4.0), (3, 2.0), (4, 1.0))}
+  each = {}
+  for kv in ("project", "hole"):
+    model, _, _ = built(kv=kv)
+    index = METHOD.submodels(model)[2]
+    each[kv] = METHOD.cost(model, index, 8, ran).kv_bytes_per_token, METHOD.cost(model, index, 8, {}).kv_bytes_per_token
+  full = 4 * 2 * CONFIG.num_kv_heads * CONFIG.head_size * 4
+  assert each == {"project": (full, full), "hole": (full * (1 + 2 * 0.5 + 0.25) / 4, full)}
+
+
 @pytest.mark.parametrize(
   ("settings", "message"),
   [
@@ -149,7 +181,14 @@ def test_costs_count_what_ran_and_every_head_that_was_asked():
     (dict(exits=(1, 3), exit=Exiting(per_exit=(0.5,))), "no multiple of 2 early exits"),
     (dict(exits=(1, 3), exit=Exiting(decay=1.5)), "exit.decay"),
     (dict(exits=(1, 3), exit=Exiting(wait=0)), "exit.wait"),
+    (dict(exits=(1, 3), exit=Exiting(decay_length=0)), "exit.decay_length=0 must be more than 0"),
+    (dict(exits=(1, 3), exit=Exiting(decay_rate=-4.0)), "exit.decay_rate=-4.0 must be at least 0"),
+    (dict(exits=(1, 3), exit=Exiting(decay_rate=math.nan)), "exit.decay_rate=nan must be at least 0"),
+    (dict(exits=(1, 3), exit=Exiting(decay=0.1, thresholds=(0.5, -1.0))), "decay=0.1 would raise .* threshold -1 for"),
+    (dict(exits=(1,), exit=Exiting(decay=0.1, per_exit=(-0.2,))), "decay=0.1 would raise .* threshold -0.2 for"),
     (dict(exits=(1, 3), listed_weights=(1.0, 1.0)), "listed_weights"),
+    (dict(exits=(1,), listed_weights=(1.0, math.inf)), "listed_weights.*finite"),
+    (dict(exits=(1,), listed_weights=(math.nan, 1.0)), "listed_weights.*finite"),
   ],
 )
 def test_settings_that_cannot_work_are_named(settings, message):

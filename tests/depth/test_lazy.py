@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tiny
 
-from adaptive import executors
+from adaptive.depth import exit_costs
 from adaptive.depth.exits import Exiting
 from adaptive.methods import METHODS
 
@@ -75,66 +75,62 @@ def test_never_more_layer_tokens_than_the_full_model(wait, threshold):
     assert total == CONFIG.num_layers * 3 * LENGTH
 
 
-def test_the_forward_pass_counts_what_decoding_does_in_the_end():
-  _, _, batch, want, decoder = case(32, rows=1)
-  counted = float(want.aux["layer_tokens"][0])
-  assert float(want.aux["layers"][0]) <= counted <= CONFIG.num_layers * LENGTH
-  depths = [m["layers"] for m in decoded(decoder, batch, start=1)[1]]
-  assert counted == sum(np.maximum.accumulate(depths[::-1]))
+@pytest.mark.parametrize("kv", ["exact", "recompute"])
+@pytest.mark.parametrize("wait", [1, 2, 8])
+def test_the_forward_pass_counts_what_decoding_runs_however_few_may_wait(wait, kv):
+  config, length = tiny.model_config(num_layers=3), 14
+  model = METHOD.build(config, METHOD.Config(exits=(1, 2), exit=Exiting(kv=kv, wait=wait, thresholds=(0.18,))))
+  params, batch = tiny.random_params(model), tiny.one_document(config, rows=3, length=length)
+  aux = METHOD.forward(model, params, batch, 2).aux
+  decoder = METHOD.decoder(model, params, METHOD.submodels(model)[2])
+  _, metrics = decoded(decoder._replace(step=jax.jit(decoder.step)), batch, start=1)
+  assert sum(m["layer_tokens"] for m in metrics) == float(aux["layer_tokens"][0])
+  assert len({m["layers"] for m in metrics}) > 2
 
 
-def test_to_recompute_takes_all_along_that_left_since_one_went_all_the_way():
-  _, _, batch, want, decoder = case(32, rows=1, kv="recompute")
-  lazy = case(32, rows=1)[-1]
-  _, metrics = decoded(decoder, batch, start=1)
-  waiting, total = 0, 0.0
-  for found in metrics:
-    depth = found["layers"]
-    assert found["layer_tokens"] == depth * (waiting + 1)
-    waiting = 0 if depth == CONFIG.num_layers else waiting + 1
-    total += found["layer_tokens"]
-  assert total == float(want.aux["layer_tokens"][0])
-  assert total > sum(found["layer_tokens"] for found in decoded(lazy, batch, start=1)[1])
+def ran_of(depths, exits):
+  """Which tokens ran the layers before each exit, of their depths [b, t]."""
+  return [np.asarray(depths) > start for start, _ in exits.segments]
 
 
-def test_recomputed_layers_of_documents_are_counted_apart():
-  model, params, *_ = case(32, kv="recompute")
-  batch = tiny.packed_batch(CONFIG, rows=3, length=LENGTH)
-  _, depths = exits_of(model, params, batch)
-  segments, total = np.asarray(batch["segment_ids"]), 0
+@pytest.mark.parametrize(("kv", "wait", "layers"), [("exact", 8, 292), ("exact", 40, 40), ("recompute", 2, 352)])
+def test_nobody_is_forgotten_where_all_tokens_leave_after_the_first_layer(kv, wait, layers):
+  """By hand: of 40 tokens every ninth runs all 8 layers with 8 others; every third, from the bottom, with 2 others."""
+  config = tiny.model_config(num_layers=8)
+  exits = METHOD.build(config, METHOD.Config(exits=(1, 4), exit=Exiting(kv=kv, wait=wait))).exits
+  ran = ran_of(np.ones((1, 40), int), exits)
+  assert float(exit_costs.layers_run(exits, ran, np.ones((1, 40), np.int32))) == layers
+
+
+@pytest.mark.parametrize("wait", [1, 3, 32])
+@pytest.mark.parametrize("kv", ["exact", "recompute"])
+def test_documents_of_a_row_are_counted_apart(kv, wait):
+  """Against a list of those that wait, document by document."""
+  exits = METHOD.build(CONFIG, METHOD.Config(exits=(1, 3), exit=Exiting(kv=kv, wait=wait))).exits
+  segments = np.asarray(tiny.packed_batch(CONFIG, rows=3, length=LENGTH)["segment_ids"])
+  depths, total = np.random.default_rng(0).choice([1, 3, 4], p=[0.6, 0.3, 0.1], size=segments.shape), 0
   for row, document in np.ndindex(3, 2):
-    waiting = 0
+    waiting = []
     for depth in depths[row][segments[row] == document + 1]:
-      total += depth * (waiting + 1)
-      waiting = 0 if depth == CONFIG.num_layers else waiting + 1
-  aux = METHOD.forward(model, params, batch, len(model.method.exits)).aux
-  assert float(aux["layer_tokens"][0]) == total
+      depth = 4 if len(waiting) == wait else depth
+      total += depth + sum(max(depth - (0 if kv == "recompute" else d), 0) for d in waiting)
+      waiting = [] if depth == 4 else [*(max(d, depth) for d in waiting), depth]
+  assert float(exit_costs.layers_run(exits, ran_of(depths, exits), segments)) == total
+  if (kv, wait) == ("exact", 32):
+    each = [depths[row][segments[row] == document] for row in range(3) for document in (1, 2)]
+    assert total == sum(np.maximum.accumulate(depth[::-1]).sum() for depth in each), "the bound while nobody is crowded"
 
 
-def test_documents_of_a_row_are_counted_apart():
-  model, params, *_ = case(32)
-  batch = tiny.packed_batch(CONFIG, rows=3, length=LENGTH)
-  aux = METHOD.forward(model, params, batch, len(model.method.exits)).aux
-  ran = [np.asarray(aux[f"ran/{depth}"][0]) for depth in model.exits.depths]
-  segments, total = np.asarray(batch["segment_ids"]), 0.0
-  exits = model.exits
-  _, kept = exits_of(model, params, batch)
-  for row in range(3):
-    for document in (1, 2):
-      depth = kept[row][segments[row] == document]
-      total += np.maximum.accumulate(depth[::-1]).sum()
-  assert float(aux["layer_tokens"][0]) == total
-  assert sum(r * (b - a) for r, (a, b) in zip(ran, exits.segments)) == kept[segments > 0].sum()
-
-
-def exits_of(model, params, batch):
-  """Logits, and the depth at which each token left, from the probabilities at every exit."""
-  hidden = executors.exits(CONFIG, params, batch, model.exits.depths)
-  threshold, depths = model.method.exit.thresholds[0], np.array(model.exits.depths)
-  logits = np.stack([model.exits.head(params, i, x) for i, x in enumerate(hidden)])
-  sure = np.asarray(jax.nn.softmax(logits, axis=-1)).max(-1) > threshold
-  sure[-1] = True
-  return logits, depths[np.argmax(sure, axis=0)]
+def test_what_a_piece_brings_up_before_it_is_counted():
+  """Six tokens that leave after one layer of two, then a piece of two: in the end all eight have run all."""
+  how = Exiting(kv="exact", wait=8, thresholds=(-1.0,))
+  model = METHOD.build(tiny.model_config(num_layers=2), METHOD.Config(exits=(1,), exit=how))
+  decoder = METHOD.decoder(model, tiny.random_params(model), METHOD.submodels(model)[1])
+  cache, step, tokens, worked = decoder.empty_cache(1, 8), jax.jit(decoder.step), np.arange(8)[None], []
+  for begin, end in [*zip(range(6), range(1, 7)), (6, 8)]:
+    _, cache, found = step(decoder.params, tokens[:, begin:end], np.array([end - begin]), cache)
+    worked.append(float(found["layer_tokens"][0]))
+  assert worked == [1] * 6 + [6 + 2 * 2]
 
 
 def test_an_idle_row_waits_and_goes_on_where_it_was():

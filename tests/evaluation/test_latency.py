@@ -10,7 +10,9 @@ import pytest
 from adaptive.backbone import decoding
 from adaptive.backbone.transformer import Transformer, init_params
 from adaptive.config import ModelConfig
+from adaptive.depth.exits import Exiting
 from adaptive.evaluation import latency
+from adaptive.methods import METHODS
 from adaptive.methods.contract import Decoder
 
 CONFIG = ModelConfig(vocab_size=264, num_layers=2, d_model=16, d_ff=32, num_heads=4, num_kv_heads=2, remat="full")
@@ -46,8 +48,8 @@ def test_every_decoder_takes_the_same_turns_and_is_warm(monkeypatch, repeats, re
   made = []
 
   class Timed:
-    def __init__(self, decoder, prefill_tokens):
-      self.prefill_times, self.step_times, self.calls, self.of = [], [], [], (decoder, prefill_tokens)
+    def __init__(self, decoder, prefill_tokens, run):
+      self.prefill_times, self.step_times, self.calls, self.of = [], [], [], (decoder.params, prefill_tokens, run)
       made.append(self)
 
     def __call__(self, row, record):
@@ -56,8 +58,9 @@ def test_every_decoder_takes_the_same_turns_and_is_warm(monkeypatch, repeats, re
       self.step_times += [2.0] * record
 
   monkeypatch.setattr(latency, "_Timed", Timed)
-  found = latency.measure(["a", "b"], np.arange(7)[:, None], prefill_tokens=8, repeats=repeats)
-  assert sorted(t.of for t in made) == [("a", 8), ("b", 8)]
+  plain, waits = Decoder("a", None, None), Decoder("b", None, None, cycle=9)
+  found = latency.measure([plain, waits], np.arange(7)[:, None], prefill_tokens=8, repeats=repeats)
+  assert sorted(t.of for t in made) == [("a", 8, 18), ("b", 8, 18)], "all for as long as the longest needs"
   assert made[0].calls == made[1].calls
   counted = [row for row, record in made[0].calls if record]
   assert counted == [i % 7 for i in range(recorded)]
@@ -69,7 +72,7 @@ def test_the_timed_program_decodes_the_row():
   """The logits of every call are those of the plain model on the row so far."""
   config, params = model()
   seen = []
-  timed = latency._Timed(decoder(), 8)
+  timed = latency._Timed(decoder(), 8, latency.RUN)
   for name in ("_prefill", "_step"):
     run = getattr(timed, name)
 
@@ -85,3 +88,16 @@ def test_the_timed_program_decodes_the_row():
   expected = jax.jit(Transformer(config).apply)({"params": params}, batch)
   np.testing.assert_allclose(np.stack(seen), expected[0, 7:], atol=1e-5)
   assert len(timed.prefill_times) == len(timed.step_times) == 1
+
+
+@pytest.mark.parametrize(("kv", "tokens"), [("project", latency.RUN), ("exact", 20), ("recompute", 20)])
+def test_a_run_is_long_enough_for_those_that_wait_to_be_taken_along(kv, tokens):
+  """At most nine may wait, so among twenty tokens two go all the way, whoever leaves where."""
+  method = METHODS["early_exit"]
+  built = method.build(CONFIG, method.Config(exits=(1,), exit=Exiting(kv=kv, wait=9)))
+  params = jax.eval_shape(lambda: nn.unbox(init_params(built, jax.random.key(0))))
+  decoders = []
+  jax.eval_shape(
+    lambda params: decoders.extend(method.decoder(built, params, s) for s in method.submodels(built)), params
+  )
+  assert latency.run_of(decoders) == tokens

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import slow_exits
 import tiny
+import tiny_run
 from scipy import special
 
 from adaptive import executors
@@ -18,11 +19,12 @@ from adaptive.config import ConfigError, OptimizerConfig
 from adaptive.depth.exits import Exiting
 from adaptive.depth.signals import Seen
 from adaptive.evaluation import calibration, thresholds
-from adaptive.methods import METHODS
+from adaptive.methods import METHODS, parse_config
 from adaptive.methods.depth import jei_dnn
 from adaptive.methods.depth.jei_dnn import GATES, HEADS, WARM_UP
 from adaptive.training import optim
 from adaptive.training import state as states
+from adaptive.training.run import plan
 from adaptive.training.step import make_step
 
 CONFIG, METHOD = tiny.model_config(), METHODS["jei_dnn"]
@@ -227,9 +229,9 @@ def test_costs_count_the_gates_that_were_asked_and_the_parameters_that_a_sub_mod
   assert found == pytest.approx(2 * layer + 2 * keys + 2 * head + (1 + 0.5 + 0.25) * 8)
   foreseen = calibration.flops_where_left(model.exits, 8, np.ones((1, 1), np.int32))
   assert foreseen([3]) == pytest.approx(4 * layer + 4 * head + 3 * 8)
-  gates, config, small = 3 * 5, *METHOD.extract(model, built()[1], METHOD.submodels(model)[0])
+  config, small = METHOD.extract(model, built()[1], METHOD.submodels(model)[0])
   assert config.num_layers == 1
-  assert costs["depth=1"].params_total == sum(leaf.size for leaf in jax.tree.leaves(small)) + gates
+  assert costs["depth=1"].params_total == sum(leaf.size for leaf in jax.tree.leaves(small))
   for name in (f"threshold={THRESHOLD}", "depth=4"):
     assert costs[name].params_total == sum(leaf.size for leaf in jax.tree.leaves(built()[1]))
 
@@ -418,6 +420,15 @@ def test_momentum_moves_the_other_part_unless_the_inactive_is_frozen(inactive):
   assert not same(gates[1], gates[2])
   assert same(rest[1], rest[2]) == frozen, "the gates' turn"
   assert same(gates[2], gates[3]) == frozen, "the heads' turn"
+
+
+def test_a_run_that_would_train_both_in_each_turn_is_refused_but_can_be_evaluated():
+  config = tiny_run.config("nowhere", "jei_dnn")
+  plan(*parse_config(config))
+  config.training.optimizer.inactive = "keep"
+  with pytest.raises(ConfigError, match=r"inactive='keep' would move .* jei_dnn trains with 'freeze'"):
+    plan(*parse_config(config))
+  plan(*parse_config(config), training=False)
 
 
 def test_learning_rates_are_the_gates_own_and_nothing_where_frozen():

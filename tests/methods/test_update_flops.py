@@ -25,6 +25,7 @@ CASES = {
   "multi_exit": ("sorted_net", dict(depths=(1, 2, 3), scheme="multi_exit")),
   "exits": ("early_exit", dict(exits=(1, 2))),
   "own_exits": ("early_exit", dict(exits=(1, 2), heads="own")),
+  "heads_alone": ("early_exit", dict(exits=(1, 2), heads="own", heads_only=True)),
   "layer_skip": ("layer_skip", dict(dropout=0.0, curriculum="none")),
   "recursive": ("recursive", dict(num_recursions=3, sharing="cycle")),
   "gates_warm": ("jei_dnn", dict(exits=(1, 2), warmup_steps=4)),
@@ -94,7 +95,7 @@ def test_the_products_of_a_traced_update_are_those_counted(name):
   counted = method.update_flops(model, choice, 2 * LENGTH - 1)
   # Each exit's logits are computed again in the backward pass, which saves memory and is no work of the model's.
   exits = {"multi_exit": 3, "exits": 3, "own_exits": 3, "layer_skip": 3, "gates_warm": 3, "gated": 3}.get(name, 0)
-  exits += {"gated_frozen": 2, "controller": 3, "controller_frozen": 2, "pondernet": 3}.get(name, 0)
+  exits += {"heads_alone": 2, "gated_frozen": 2, "controller": 3, "controller_frozen": 2, "pondernet": 3}.get(name, 0)
   again = costs.head_flops(MODEL) * exits
   found = products(jax.make_jaxpr(program)(params, batch).jaxpr)
   assert found == pytest.approx((counted + again) * ROWS * LENGTH, rel=1e-6)

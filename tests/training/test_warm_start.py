@@ -9,8 +9,9 @@ from caches import cache_in
 
 from adaptive import recursion
 from adaptive.config import ConfigError
+from adaptive.methods import parse_config
 from adaptive.training import loop, warm_start
-from adaptive.training.run import load_params
+from adaptive.training.run import load_params, load_plan, plan
 
 DEPTH = {"model.num_layers": 4}
 
@@ -78,6 +79,41 @@ def test_a_second_stage_begins_where_the_first_one_ended(place, tmp_path):
   other = tiny_run.assemble(data, "recursive", **DEPTH, **{"training.init_from": str(tmp_path / "one")})
   with pytest.raises(ConfigError, match="holds a model of method 'first': it must be a dense one"):
     warm_start.initial_state(other)
+
+
+@pytest.mark.parametrize(
+  ("method", "settings", "named"),
+  [
+    ("early_exit", {"method.heads": "own", "method.heads_only": True}, "method.heads_only"),
+    ("jei_dnn", {"method.heads": "own", "method.backbone": "frozen"}, "method.backbone='frozen'"),
+    ("sec", {"method.backbone": "frozen"}, "method.backbone='frozen'"),
+    ("first", {**DEPTH, "method.train": "routers"}, "method.train='routers'"),
+  ],
+)
+def test_what_trains_only_what_it_adds_needs_a_trained_model(method, settings, named):
+  made = lambda training=True, **more: plan(
+    *parse_config(tiny_run.config("nowhere", method, **settings, **more)), training
+  )
+  with pytest.raises(ConfigError, match=f"{named} trains what is added to a trained model"):
+    made()
+  made(**{"training.init_from": "runs/dense"})
+  made(training=False)  # as for an evaluation
+
+
+@pytest.mark.slow
+def test_it_goes_on_and_is_evaluated_without_that_model(place, tmp_path):
+  data, workdir, trained = place
+  settings = {**DEPTH, "method.heads": "own", "method.heads_only": True, "training.init_from": str(tmp_path / "dense")}
+  (tmp_path / "dense").symlink_to(workdir)
+  made = lambda steps: tiny_run.assemble(data, "early_exit", **settings, **{"training.steps": steps})
+  loop.train(made(2), str(tmp_path / "heads"))
+  (tmp_path / "dense").unlink()
+  loop.train(made(3), str(tmp_path / "heads"), change_config=True)
+  step, params = load_params(load_plan(str(tmp_path / "heads")), str(tmp_path / "heads"))
+  heads = jax.device_get(params).pop("exit_heads")
+  assert step == 3
+  assert (heads["scale"] != 1).all()
+  tiny.assert_trees_equal({name: part for name, part in params.items() if name != "exit_heads"}, trained)
 
 
 def test_what_does_not_fit_is_refused(place):

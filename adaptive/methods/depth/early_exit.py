@@ -11,10 +11,16 @@ Departures, with reasons:
   threshold of 1 is passed where a softmax rounds to 1);
 - what is projected is the stream at the exit (CALM's released decoding projects that of the first exit);
 - signals are of each token by itself (CALM's released cosine is over the whole batch);
-- the loss is a weighted mean, not a sum, so that a learning rate fits whatever the number of exits.
+- the loss is a weighted mean, not a sum, so that a learning rate fits whatever the number of exits;
+- an exit has at most a norm and a matrix of its own: the MLP or whole layer that EE-LLM and EE-Tuning may put before
+  them is absent, as are their warm-up along a cosine (ours is linear) and their weights of single tokens;
+- CALM's classifier, trained to say that an exit agrees with the model, is absent (`learned` is that of other methods),
+  and so is the threshold that FREE finds while it decodes, by a mixture of Beta distributions: of FREE (Bae et al.,
+  arXiv 2310.05424) there are the keys, `exit.kv="exact"`.
 """
 
 import dataclasses
+import math
 from typing import Literal
 
 import jax
@@ -24,7 +30,7 @@ import numpy as np
 from adaptive import cost as costs
 from adaptive import executors
 from adaptive.backbone.transformer import Batch
-from adaptive.config import ModelConfig, require, require_range
+from adaptive.config import ModelConfig, TrainingConfig, require, require_range, require_trained
 from adaptive.depth import exits as exiting
 from adaptive.depth import heads, objectives
 from adaptive.methods.contract import Metrics, Params
@@ -32,8 +38,9 @@ from adaptive.methods.defaults import batch_parts, control, init_from, static_ch
 from adaptive.methods.exiting import at_random, cost, decoder, diagnose, extract, forward, ladder, sample, submodels
 
 __all__ = [
-  "Config", "at_random", "batch_parts", "build", "control", "cost", "decoder", "diagnose", "extract", "forward",
-  "init_from", "ladder", "learning_rates", "loss", "sample", "static_choice", "submodels", "ticker", "update_flops",
+  "Config", "at_random", "batch_parts", "build", "check_training", "control", "cost", "decoder", "diagnose", "extract",
+  "forward", "init_from", "ladder", "learning_rates", "loss", "sample", "static_choice", "submodels", "ticker",
+  "update_flops",
 ]  # fmt: skip
 
 
@@ -75,10 +82,15 @@ def build(model_config: ModelConfig, config: Config) -> EarlyExit:
   model = heads.check(EarlyExit(model_config, method=config))
   given = config.listed_weights
   require(
-    not given or (len(given) == len(model.trained) and min(given) >= 0 and given[-1] > 0),
-    f"method.listed_weights={given} must be {len(model.trained)} numbers, not negative, the last positive",
+    not given or (len(given) == len(model.trained) and all(0 <= x < math.inf for x in given) and given[-1] > 0),
+    f"method.listed_weights={given} must be {len(model.trained)} finite numbers, not negative, the last positive",
   )
   return model
+
+
+def check_training(model: EarlyExit, training: TrainingConfig) -> None:
+  if model.method.heads_only:
+    require_trained(training, "method.heads_only")
 
 
 def weights_at(model: EarlyExit, step: jax.Array) -> jax.Array:
@@ -92,6 +104,7 @@ def weights_at(model: EarlyExit, step: jax.Array) -> jax.Array:
 
 def loss(model: EarlyExit, params: Params, batch: Batch, choice, key, step) -> tuple[jax.Array, Metrics]:
   """Weighted mean over exits of the next-token cross entropy."""
+  params = heads.frozen(params) if model.method.heads_only else params
   hidden = executors.exits(model.config, params, batch, model.trained)
   pairs = heads.read(model, params, hidden, objectives.cross_entropy_of(batch))
   return objectives.weighted(pairs, weights_at(model, step)), heads.by_depth(model, pairs)
@@ -103,6 +116,7 @@ def learning_rates(model: EarlyExit) -> dict[str, float]:
 
 
 def update_flops(model: EarlyExit, choice: tuple[int, ...], seq_len: int) -> float:
-  """One forward pass through all layers, and a head at every exit."""
+  """One forward pass through all layers, and a head at every exit; and backward what is trained of it."""
   full = costs.dense_cost(model.config, seq_len).flops_per_token
-  return costs.update_flops(full + (len(model.trained) - 1) * costs.head_flops(model.config))
+  early = (len(model.trained) - 1) * costs.head_flops(model.config)
+  return full + costs.update_flops(early) if model.method.heads_only else costs.update_flops(full + early)

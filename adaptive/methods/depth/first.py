@@ -33,7 +33,7 @@ from adaptive import losses, routing
 from adaptive.backbone import decoding
 from adaptive.backbone.layers import param
 from adaptive.backbone.transformer import Transformer
-from adaptive.config import ModelConfig, require, require_range
+from adaptive.config import ModelConfig, TrainingConfig, require, require_range, require_trained
 from adaptive.depth import chance, prompt_plan
 from adaptive.methods.contract import Batch, Decoder, Metrics, Output, Params, SubModel, check_index
 from adaptive.methods.defaults import (
@@ -47,8 +47,9 @@ from adaptive.methods.defaults import (
 )
 
 __all__ = [
-  "Config", "at_random", "batch_parts", "build", "control", "cost", "decoder", "diagnose", "extract", "forward",
-  "init_from", "ladder", "learning_rates", "loss", "sample", "static_choice", "submodels", "ticker", "update_flops",
+  "Config", "at_random", "batch_parts", "build", "check_training", "control", "cost", "decoder", "diagnose", "extract",
+  "forward", "init_from", "ladder", "learning_rates", "loss", "sample", "static_choice", "submodels", "ticker",
+  "update_flops",
 ]  # fmt: skip
 
 START = 2.0  # a fresh router's bias
@@ -132,6 +133,11 @@ def build(model_config: ModelConfig, config: Config) -> FiRST:
   layers = model_config.num_layers
   require(layers >= 3, f"model.num_layers={layers}: the first and the last are never skipped, so 3 are the least")
   return FiRST(model_config, method=config)
+
+
+def check_training(model: FiRST, training: TrainingConfig) -> None:
+  if model.method.train == "routers":
+    require_trained(training, "method.train='routers'")
 
 
 def submodels(model: FiRST) -> tuple[SubModel, ...]:

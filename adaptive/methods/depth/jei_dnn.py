@@ -3,7 +3,8 @@
 Regol, Chataoui and Coates, "Jointly-Learned Exit and Inference for a Dynamic Neural Network" (arXiv 2310.09163, ICLR
 2024). At every early exit a gate, a logistic regression on four numbers that say how sure the exit's prediction is,
 gives the probability to leave there. Heads and gates are trained in turns: the heads on losses weighted by what the
-gates say, the gates to open where loss plus cost is lowest.
+gates say, the gates to open where loss plus cost is lowest. The optimizer must leave alone whose turn it is not
+(`training.optimizer.inactive` is `freeze`).
 
 Departures, with reasons:
 - the paper's images are tokens here, and the backbone may be trained too (`backbone`);
@@ -28,7 +29,7 @@ import numpy as np
 from adaptive import cost as costs
 from adaptive import executors, losses, routing
 from adaptive.backbone.transformer import Batch
-from adaptive.config import ModelConfig, require, require_range
+from adaptive.config import ModelConfig, TrainingConfig, require, require_range, require_trained
 from adaptive.depth import exits as exiting
 from adaptive.depth import heads, objectives
 from adaptive.depth.signals import Signal
@@ -37,8 +38,9 @@ from adaptive.methods.defaults import batch_parts, control, init_from, ticker
 from adaptive.methods.exiting import at_random, cost, decoder, diagnose, extract, forward, ladder, submodels
 
 __all__ = [
-  "Config", "at_random", "batch_parts", "build", "control", "cost", "decoder", "diagnose", "extract", "forward",
-  "init_from", "ladder", "learning_rates", "loss", "sample", "static_choice", "submodels", "ticker", "update_flops",
+  "Config", "at_random", "batch_parts", "build", "check_training", "control", "cost", "decoder", "diagnose", "extract",
+  "forward", "init_from", "ladder", "learning_rates", "loss", "sample", "static_choice", "submodels", "ticker",
+  "update_flops",
 ]  # fmt: skip
 
 WARM_UP, GATES, HEADS = range(3)  # the stages of training, each compiled by itself: what `sample` chooses among
@@ -132,6 +134,17 @@ def build(model_config: ModelConfig, config: Config) -> JeiDnn:
   model = heads.check(JeiDnn(model_config, method=config))
   require(len(model.trained) > 1, f"method.exits={config.exits} has no exit before the model's own: there is no gate")
   return model
+
+
+def check_training(model: JeiDnn, training: TrainingConfig) -> None:
+  """The stages train apart only if what has no gradient stays as it is."""
+  require(
+    training.optimizer.inactive == "freeze",
+    "training.optimizer.inactive='keep' would move gates and heads in each other's turns, by momentum: jei_dnn trains "
+    "with 'freeze'",
+  )
+  if model.method.backbone == "frozen":
+    require_trained(training, "method.backbone='frozen'")
 
 
 def statistics(logits: jax.Array) -> jax.Array:

@@ -34,12 +34,13 @@ from adaptive.depth import objectives
 from adaptive.depth import walk as walking
 from adaptive.depth.signals import Signal
 from adaptive.methods.contract import Batch, Metrics, Params
-from adaptive.methods.defaults import batch_parts, control, learning_rates, static_choice, ticker
+from adaptive.methods.defaults import batch_parts, check_training, control, learning_rates, static_choice, ticker
 from adaptive.methods.exiting import at_random, cost, decoder, diagnose, extract, forward, ladder, sample, submodels
 
 __all__ = [
-  "Config", "at_random", "batch_parts", "build", "control", "cost", "decoder", "diagnose", "extract", "forward",
-  "init_from", "ladder", "learning_rates", "loss", "sample", "static_choice", "submodels", "ticker", "update_flops",
+  "Config", "at_random", "batch_parts", "build", "check_training", "control", "cost", "decoder", "diagnose", "extract",
+  "forward", "init_from", "ladder", "learning_rates", "loss", "sample", "static_choice", "submodels", "ticker",
+  "update_flops",
 ]  # fmt: skip
 
 HALTED = exiting.Exiting(signal="learned", thresholds=(0.5, 0.9, 0.99))

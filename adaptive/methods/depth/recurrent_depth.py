@@ -31,12 +31,13 @@ from adaptive.config import ModelConfig, require, require_range
 from adaptive.depth import climb as climbing
 from adaptive.depth import exits as exiting
 from adaptive.methods.contract import Batch, Metrics, Params, SubModel
-from adaptive.methods.defaults import batch_parts, control, learning_rates, ticker
+from adaptive.methods.defaults import batch_parts, check_training, control, learning_rates, ticker
 from adaptive.methods.exiting import at_random, cost, decoder, diagnose, extract, forward, ladder, submodels
 
 __all__ = [
-  "Config", "at_random", "batch_parts", "build", "control", "cost", "decoder", "diagnose", "extract", "forward",
-  "init_from", "ladder", "learning_rates", "loss", "sample", "static_choice", "submodels", "ticker", "update_flops",
+  "Config", "at_random", "batch_parts", "build", "check_training", "control", "cost", "decoder", "diagnose", "extract",
+  "forward", "init_from", "ladder", "learning_rates", "loss", "sample", "static_choice", "submodels", "ticker",
+  "update_flops",
 ]  # fmt: skip
 
 STABLE = exiting.Exiting(signal="stability", thresholds=(0.95, 0.99, 0.9995))

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from adaptive import cost as costs
 from adaptive import executors, losses, routing
 from adaptive.backbone.transformer import Batch
-from adaptive.config import ModelConfig, require, require_range
+from adaptive.config import ModelConfig, TrainingConfig, require, require_range, require_trained
 from adaptive.depth import exits as exiting
 from adaptive.depth import heads
 from adaptive.depth.signals import Signal
@@ -34,8 +34,9 @@ from adaptive.methods.defaults import batch_parts, control, init_from, static_ch
 from adaptive.methods.exiting import at_random, cost, decoder, diagnose, extract, forward, ladder, sample, submodels
 
 __all__ = [
-  "Config", "at_random", "batch_parts", "build", "control", "cost", "decoder", "diagnose", "extract", "forward",
-  "init_from", "ladder", "learning_rates", "loss", "sample", "static_choice", "submodels", "ticker", "update_flops",
+  "Config", "at_random", "batch_parts", "build", "check_training", "control", "cost", "decoder", "diagnose", "extract",
+  "forward", "init_from", "ladder", "learning_rates", "loss", "sample", "static_choice", "submodels", "ticker",
+  "update_flops",
 ]  # fmt: skip
 
 CONTINUE, EXIT, STOP = range(3)  # what the controller says
@@ -124,6 +125,11 @@ def build(model_config: ModelConfig, config: Config) -> Sec:
   return heads.check(Sec(model_config, method=config))
 
 
+def check_training(model: Sec, training: TrainingConfig) -> None:
+  if model.method.backbone == "frozen":
+    require_trained(training, "method.backbone='frozen'")
+
+
 def actions(params: Params, x: jax.Array) -> jax.Array:
   """Probabilities of continue, exit and stop, [..., d] -> float32 [..., 3]."""
   return jax.nn.softmax(routing.router_logits(params["controller"], 0, x), axis=-1)
@@ -142,7 +148,7 @@ def labels(right: jax.Array) -> jax.Array:
 def loss(model: Sec, params: Params, batch: Batch, choice, key, step) -> tuple[jax.Array, Metrics]:
   """Mean over exits of the heads' cross entropy, and the mean of the controller's, weighted by the number of layers."""
   if model.method.backbone == "frozen":
-    params = {k: jax.lax.stop_gradient(part) if k in heads.BACKBONE else part for k, part in params.items()}
+    params = heads.frozen(params)
   hidden = executors.exits(model.config, params, batch, model.trained)
   mask, targets = batch["segment_ids"] > 0, batch["targets"]
   read = lambda logits: (losses.cross_entropy(logits, targets, mask), jnp.argmax(logits, axis=-1) == targets)

@@ -31,11 +31,21 @@ from adaptive.backbone.transformer import Transformer
 from adaptive.config import ModelConfig, require, require_range
 from adaptive.depth import ladder as ladders
 from adaptive.methods.contract import Batch, Decoder, Metrics, Output, Params, SubModel, check_index, drafts_of
-from adaptive.methods.defaults import at_random, batch_parts, control, diagnose, init_from, learning_rates, ticker
+from adaptive.methods.defaults import (
+  at_random,
+  batch_parts,
+  check_training,
+  control,
+  diagnose,
+  init_from,
+  learning_rates,
+  ticker,
+)
 
 __all__ = [
-  "Config", "at_random", "batch_parts", "build", "control", "cost", "decoder", "diagnose", "extract", "forward",
-  "init_from", "ladder", "learning_rates", "loss", "sample", "static_choice", "submodels", "ticker", "update_flops",
+  "Config", "at_random", "batch_parts", "build", "check_training", "control", "cost", "decoder", "diagnose", "extract",
+  "forward", "init_from", "ladder", "learning_rates", "loss", "sample", "static_choice", "submodels", "ticker",
+  "update_flops",
 ]  # fmt: skip
 
 

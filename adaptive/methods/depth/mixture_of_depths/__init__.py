@@ -24,7 +24,7 @@ from adaptive import losses
 from adaptive.config import ModelConfig
 from adaptive.depth import chance
 from adaptive.methods.contract import Batch, Decoder, Metrics, Output, Params, SubModel, pick
-from adaptive.methods.defaults import batch_parts, control, init_from, ladder, static_choice, ticker
+from adaptive.methods.defaults import batch_parts, check_training, control, init_from, ladder, static_choice, ticker
 from adaptive.methods.depth.mixture_of_depths import decode
 from adaptive.methods.depth.mixture_of_depths.accounting import cost, update_flops
 from adaptive.methods.depth.mixture_of_depths.config import Config
@@ -38,8 +38,9 @@ from adaptive.methods.depth.mixture_of_depths.model import (
 )
 
 __all__ = [
-  "Config", "at_random", "batch_parts", "build", "control", "cost", "decoder", "diagnose", "extract", "forward",
-  "init_from", "ladder", "learning_rates", "loss", "sample", "static_choice", "submodels", "ticker", "update_flops",
+  "Config", "at_random", "batch_parts", "build", "check_training", "control", "cost", "decoder", "diagnose", "extract",
+  "forward", "init_from", "ladder", "learning_rates", "loss", "sample", "static_choice", "submodels", "ticker",
+  "update_flops",
 ]  # fmt: skip
 
 

@@ -28,7 +28,7 @@ from adaptive.config import ModelConfig, require
 from adaptive.depth import chance
 from adaptive.depth.ladder import Ladder
 from adaptive.methods.contract import Batch, Decoder, Metrics, Output, Params, SubModel, Ticker, pick
-from adaptive.methods.defaults import batch_parts
+from adaptive.methods.defaults import batch_parts, check_training
 from adaptive.methods.depth.mixture_of_recursions import causal, decode, ticks, token_choice
 from adaptive.methods.depth.mixture_of_recursions import drafts as drafting
 from adaptive.methods.depth.mixture_of_recursions.accounting import cost, update_flops
@@ -38,8 +38,9 @@ from adaptive.methods.depth.mixture_of_recursions.diagnosis import diagnose
 from adaptive.methods.depth.mixture_of_recursions.model import MixtureOfRecursions, causal_logits, training_logits
 
 __all__ = [
-  "Config", "at_random", "batch_parts", "build", "control", "cost", "decoder", "diagnose", "extract", "forward",
-  "init_from", "ladder", "learning_rates", "loss", "sample", "static_choice", "submodels", "ticker", "update_flops",
+  "Config", "at_random", "batch_parts", "build", "check_training", "control", "cost", "decoder", "diagnose", "extract",
+  "forward", "init_from", "ladder", "learning_rates", "loss", "sample", "static_choice", "submodels", "ticker",
+  "update_flops",
 ]  # fmt: skip
 
 
