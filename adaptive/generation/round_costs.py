@@ -13,7 +13,7 @@ import numpy as np
 from scipy.optimize import nnls
 
 _KEPT = 9  # rounds of a pair, of which the median counts: one slow round is somebody else's
-_PROBES = 3  # rounds of each pair that is tried before anything is known
+_PROBES = 6  # rounds of each pair that is tried before anything is known, the first of which is not timed
 
 
 class RoundCosts:
@@ -41,16 +41,19 @@ class RoundCosts:
     return self._untried.pop(0) if self._untried else None
 
   def observe(self, draft: int, length: int, seconds: float) -> None:
-    """What a round of this pair, both as indices, took."""
-    self._seconds.setdefault((draft, length), collections.deque(maxlen=_KEPT)).append(seconds)
+    """What a round of this pair, both as indices, took. A program's first run, in cold memory, does not count."""
+    if (draft, length) in self._seconds:
+      self._seconds[draft, length].append(seconds)
+    else:
+      self._seconds[draft, length] = collections.deque(maxlen=_KEPT)
 
   @property
   def table(self) -> np.ndarray:
     """Costs [e, l]: seconds, those of untried pairs from those of the tried ones; layers while no round was timed."""
-    if not self._seconds:
+    known = {pair: np.median(kept) for pair, kept in self._seconds.items() if kept}
+    if not known:
       return self._counted
-    pairs = tuple(np.array(list(self._seconds)).T)
-    seconds = np.array([np.median(kept) for kept in self._seconds.values()])
+    pairs, seconds = tuple(np.array(list(known)).T), np.array(list(known.values()))
     # Relative errors count: a long round must not decide alone. The parts are not negative.
     weights, _ = nnls(self._parts[pairs] / seconds[:, None], np.ones(len(seconds)))
     table = self._parts @ weights
