@@ -5,10 +5,10 @@
 
 Prompts are pieces of held-out text; all are continued greedily by the same number of tokens; caches, embedding, head
 and sampling are counted. `fixed` is LayerSkip's: one exit, one length, for all that are asked for; `chosen` is DEL's,
-anew in every round, by layers as in the paper or by the seconds that rounds took. Systems take turns, and ratios are to
-plain decoding in the same turn. Beside the time: tokens of a round, share of drafted tokens that were accepted, layers
-run one after the other for a token (`calls`), layers run for it in all (`work`), and how many prompts were continued by
-the very same tokens.
+anew in every round, by layers as in the paper or by the seconds that rounds took. Systems take turns prompt by prompt,
+and ratios are to plain decoding of the same prompt in the same turn. Beside the time: tokens of a round, share of
+drafted tokens that were accepted, layers run one after the other for a token (`calls`), layers run for it in all
+(`work`), and how many prompts were continued by the very same tokens.
 """
 
 import argparse
@@ -33,6 +33,21 @@ def can_draft(method, model, params, submodel: SubModel) -> bool:
     return False
 
 
+def added(results: list[Result]) -> dict[str, tuple]:
+  """What was measured, of all prompts."""
+  metrics = {}
+  for name, (total, count) in (pair for result in results for pair in result.metrics.items()):
+    before = metrics.get(name, (0.0, 0.0))
+    metrics[name] = before[0] + total, before[1] + count
+  return metrics
+
+
+def speed_up(plain: list[list[float]], system: list[list[float]]) -> float:
+  """Of all prompts: of each, the median over turns of its share of the plain seconds a moment before."""
+  shares = [statistics.median(t / p for p, t in zip(*turns)) for turns in zip(plain, system)]
+  return 1 / statistics.mean(shares)
+
+
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--workdir", required=True, help="run with sub-models that can draft")
@@ -52,6 +67,8 @@ def main() -> None:
   method, model, vocab, greedy = run.method, run.model, run.experiment.model.vocab_size, Sampling(temperature=0.0)
   prompts = [[int(t) for t in run.dataset.validation[i]["inputs"][: a.prompt]] for i in range(a.prompts)]
   every = method.ladder(model, params, None)
+  if every is None:
+    sys.exit(f"no sub-model of {a.workdir} can draft for the full one")
   able = {s.name: s for s in method.submodels(model)[:-1] if can_draft(method, model, params, s)}
   names = a.drafts.split() or list(able)
   systems = {"plain": Generator(method.decoder(model, params, method.submodels(model)[-1]), vocab, greedy)}
@@ -67,40 +84,31 @@ def main() -> None:
       choice = Chooser(every.layers[:-1], every.layers[-1], measured=label.endswith("seconds"))
       systems[label] = SpeculativeGenerator(every, vocab, choice, greedy)
 
-  def go(generator: Generator) -> tuple[float, list[list[int]], dict]:
-    """Seconds, tokens and what was measured, of all prompts."""
-    results: list[Result] = [
-      generator(prompts[start : start + a.batch], a.new) for start in range(0, len(prompts), a.batch)
-    ]
-    metrics = {}
-    for result in results:
-      for name, (total, count) in result.metrics.items():
-        before = metrics.get(name, (0.0, 0.0))
-        metrics[name] = before[0] + total, before[1] + count
-    return sum(r.prefill_seconds + r.seconds for r in results), [t for r in results for t in r.tokens], metrics
-
-  times, found = {name: [] for name in systems}, {}
+  groups = [prompts[start : start + a.batch] for start in range(0, len(prompts), a.batch)]
+  times = {name: [[] for _ in groups] for name in systems}
+  found: dict[str, list[Result]] = {name: [None] * len(groups) for name in systems}
   for turn in range(a.turns + 1):
-    for name, generator in systems.items():
-      print(f"turn {turn} of {a.turns}: {name:40}", end="\r", file=sys.stderr)
-      seconds, *found[name] = go(generator)
-      if turn:  # the first compiles
-        times[name].append(seconds)
+    for i, group in enumerate(groups):
+      for name, generator in systems.items():
+        print(f"turn {turn} of {a.turns}, prompt {i}: {name:40}", end="\r", file=sys.stderr)
+        result = found[name][i] = generator(group, a.new)
+        if turn:  # the first compiles
+          times[name][i].append(result.prefill_seconds + result.seconds)
   made = len(prompts) * a.new
   print(f"{len(prompts)} prompts, {a.batch} at a time, {a.new} tokens each; medians of {a.turns} turns")
   print(f"{'':24} {'tokens/s':>9} {'speed-up':>9} {'a round':>8} {'accepted':>9} {'calls':>7} {'work':>7}  same tokens")
   for name in systems:
-    tokens, metrics = found[name]
-    ratio = statistics.median(p / t for p, t in zip(times["plain"], times[name]))
+    metrics = added(found[name])
     mean = lambda key, metrics=metrics: metrics[key][0] / max(metrics[key][1], 1.0)
-    cells = f"{made / statistics.median(times[name]):9.0f} {ratio:8.2f}x"
+    seconds = sum(map(statistics.median, times[name]))
+    cells = f"{made / seconds:9.0f} {speed_up(times['plain'], times[name]):8.2f}x"
     if metrics:
       per_round = mean("tokens_per_round")
       layers = "".join(f" {number / per_round:7.1f}" for number in rounds[name]) if name in rounds else f"{'':16}"
       cells += f" {per_round:8.2f} {mean('accepted'):9.1%}{layers}"
     else:
       cells += f" {1:8} {'':9} {every.layers[-1]:7} {every.layers[-1]:7}"
-    same = sum(x == y for x, y in zip(tokens, found["plain"][0]))
+    same = sum(x == y for mine, plain in zip(found[name], found["plain"]) for x, y in zip(mine.tokens, plain.tokens))
     print(f"{name:24} {cells}  {same} of {len(prompts)}", flush=True)
 
 
