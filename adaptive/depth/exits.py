@@ -210,8 +210,8 @@ def _check_numbers(how: Exiting) -> None:
   limits = (*how.thresholds, *how.per_exit)
   require(all(map(math.isfinite, limits)), "method.exit.thresholds and per_exit must be finite; 1e9 lets none leave")
   require(0 <= how.decay < 1, f"method.exit.decay={how.decay} must be at least 0 and less than 1")
-  require(
-    not how.decay or min(limits, default=0.0) >= 0,
+  require(  # what is all but 0 stays so: `calibrate.py` lets signals of 0 leave by a threshold just below
+    not how.decay or min(limits, default=0.0) > -1e-9,
     f"method.exit.decay={how.decay} would raise the negative threshold {min(limits, default=0.0):g} for later tokens",
   )
   require_range(how, "method.exit.", "decay_rate", 0)

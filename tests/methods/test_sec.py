@@ -49,7 +49,7 @@ def runner(heads="own", kv="project", stop=STOPS):
 
 
 def stopped(logits):
-  return np.asarray(logits).min(-1) == -100
+  return np.asarray(logits).min(-1) == -1e4
 
 
 # Leaving and stopping
@@ -74,7 +74,7 @@ def test_tokens_leave_and_stop_where_the_slow_way_lets_them(heads, kv, seed):
   each = [slow_exits.logits(CONFIG, params, x, which if which < 3 and heads == "own" else None) for which in range(4)]
   want = np.take_along_axis(np.stack(each), depth[None, ..., None] - 1, axis=0)[0]
   over = (said(params, x)[..., STOP] > STOPS) & (np.asarray(batch["positions"]) > 0)
-  want[over] = np.where(np.arange(CONFIG.vocab_size) == TOKEN, 0.0, -100.0)
+  want[over] = np.where(np.arange(CONFIG.vocab_size) == TOKEN, 0.0, -1e4)
   real = np.asarray(batch["segment_ids"]) > 0
   np.testing.assert_allclose(found.logits[real], want[real], rtol=2e-5, atol=2e-5)
   assert float(found.aux["layers"][0]) == depth[real].sum()

@@ -81,7 +81,7 @@ def evaluated(model, params, batch, plan):
 
 
 @pytest.mark.parametrize(
-  ("vocab_size", "kv", "budget"), [(2048, "exact", 0.95), (32, "exact", 0.6), (32, "recompute", 1.0)]
+  ("vocab_size", "kv", "budget"), [(2048, "project", 0.95), (32, "exact", 0.6), (32, "recompute", 1.0)]
 )
 def test_a_plan_for_a_budget_costs_no_more_where_it_is_evaluated(vocab_size, kv, budget):
   """However dear heads are, and with the layers that are run for others later or again."""
