@@ -26,12 +26,13 @@ class Choice(NamedTuple):
 
   Attributes:
     draft: its place in the ladder. tokens: how many it proposes; 0 is a step without a draft.
-    look: whether to count how often every draft agrees with the model.
+    look: whether to count how often every draft agrees with the model. timed: whether to tell what the round took.
   """
 
   draft: int
   tokens: int
   look: bool = False
+  timed: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +67,7 @@ class Fixed:
   def choose(self) -> Choice:
     return Choice(self.draft, self.tokens)
 
-  def observe(self, metrics: Mapping[str, tuple], taken: Choice | None, seconds: float | None) -> None:
+  def observe(self, metrics: Mapping[str, tuple], taken: Choice | None) -> None:
     """Nothing is learned."""
 
 
@@ -127,7 +128,7 @@ class Chooser:
     """The next round's."""
     probe = self._costs.probe() if self._measured else None
     if probe is not None:
-      return self._choice(*probe)
+      return self._choice(*probe)._replace(timed=True)
     self._last, self._rounds = self._best(), self._rounds + 1
     return self._choice(*self._last)._replace(look=self._rounds % self._looks == 0)
 
@@ -141,19 +142,21 @@ class Chooser:
     stay = self._last is not None and gain[best] < _BETTER * gain[self._last]
     return self._last if stay else best
 
-  def observe(self, metrics: Mapping[str, tuple], taken: Choice | None, seconds: float | None) -> None:
+  def time(self, taken: Choice, seconds: float) -> None:
+    """What a round took that was to be timed."""
+    self._costs.observe(taken.draft, int(np.flatnonzero(self._lengths == taken.tokens)[0]), seconds)
+
+  def observe(self, metrics: Mapping[str, tuple], taken: Choice | None) -> None:
     """What a round, or the prompts, showed.
 
     Args:
       metrics: `agrees`, of all drafts, where they were counted; `right`, of the one that was taken.
-      taken: of the round; None for prompts. seconds: that it took; None where nobody knows.
+      taken: of the round; None for prompts.
     """
     if "agrees" in metrics:
       self._count(slice(None), *metrics["agrees"])
     elif taken.tokens:
       self._count(taken.draft, *metrics["right"])
-    if self._measured and taken is not None and not taken.look and seconds is not None:
-      self._costs.observe(taken.draft, int(np.flatnonzero(self._lengths == taken.tokens)[0]), seconds)
 
   def _count(self, which: int | slice, agreed, seen) -> None:
     self._agreed[which] = self._decay * self._agreed[which] + agreed

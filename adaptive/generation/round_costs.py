@@ -5,15 +5,13 @@ accelerator that is nearly so. On a CPU it is not, and nowhere is a drafted toke
 tell what a layer costs for a token that is drafted, for a pass that checks, and for every token in that pass.
 """
 
-import collections
 import itertools
 from collections.abc import Sequence
 
 import numpy as np
 from scipy.optimize import nnls
 
-_KEPT = 9  # rounds of a pair, of which the median counts: one slow round is somebody else's
-_PROBES = 6  # rounds of each pair that is tried before anything is known, the first of which is not timed
+_PROBES = 6  # rounds of each pair that is tried; the quickest counts, since a slow one is somebody else's
 
 
 class RoundCosts:
@@ -30,30 +28,31 @@ class RoundCosts:
     above = full - below + 0 * tokens
     # A drafted token's layers, which the last of them runs too; its head; a pass over the layers above; their tokens.
     self._parts = np.stack([(tokens + 1) * below, tokens + 0 * below, above, above * (tokens + 1)], axis=-1)
-    self._seconds: dict[tuple[int, int], collections.deque[float]] = {}
+    self._seconds: dict[tuple[int, int], float] = {}
     shape = self._counted.shape
-    # The cheapest and a middling draft, short and long: what a round costs is a sum of four parts.
-    pairs = itertools.product((0, shape[0] // 2), (min(1, shape[1] - 1), shape[1] // 2))
-    self._untried = [pair for pair in dict.fromkeys(pairs) for _ in range(_PROBES)]
+    # No draft; then the cheapest and a middling one, short and long: what a round costs is a sum of four parts.
+    pairs = ((0, 0), *itertools.product((0, shape[0] // 2), (min(1, shape[1] - 1), shape[1] // 2)))
+    # In turns, since a machine's speed may change meanwhile. In the first turn programs run in cold memory.
+    self._untried = list(dict.fromkeys(pairs)) * _PROBES
+    self._cold = set(self._untried)
 
   def probe(self) -> tuple[int, int] | None:
     """A draft and a length, both as indices, to take next for the sake of its seconds; None when enough is known."""
     return self._untried.pop(0) if self._untried else None
 
   def observe(self, draft: int, length: int, seconds: float) -> None:
-    """What a round of this pair, both as indices, took. A program's first run, in cold memory, does not count."""
-    if (draft, length) in self._seconds:
-      self._seconds[draft, length].append(seconds)
+    """What a round of this pair, both as indices, took by itself, with nothing before it still under way."""
+    if (draft, length) in self._cold:
+      self._cold.remove((draft, length))
     else:
-      self._seconds[draft, length] = collections.deque(maxlen=_KEPT)
+      self._seconds[draft, length] = min(seconds, self._seconds.get((draft, length), seconds))
 
   @property
   def table(self) -> np.ndarray:
     """Costs [e, l]: seconds, those of untried pairs from those of the tried ones; layers while no round was timed."""
-    known = {pair: np.median(kept) for pair, kept in self._seconds.items() if kept}
-    if not known:
+    if not self._seconds:
       return self._counted
-    pairs, seconds = tuple(np.array(list(known)).T), np.array(list(known.values()))
+    pairs, seconds = tuple(np.array(list(self._seconds)).T), np.array(list(self._seconds.values()))
     # Relative errors count: a long round must not decide alone. The parts are not negative.
     weights, _ = nnls(self._parts[pairs] / seconds[:, None], np.ones(len(seconds)))
     table = self._parts @ weights

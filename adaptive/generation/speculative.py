@@ -71,7 +71,6 @@ class SpeculativeGenerator(loop.Generator):
     )
     self._spare = 2 * (choice.most + 1)  # the host is one round late, and a round may overshoot
     self._taken: collections.deque[Choice | None] = collections.deque()  # rounds that were not read yet
-    self._read = (0.0, 0.0)  # when the last one was read, and the seconds of compilation until then
 
   def _next(self, compile_next: Callable[..., Callable]) -> Callable:
     """Picks the round's draft and its length, each pair a program that is compiled when first chosen."""
@@ -79,10 +78,17 @@ class SpeculativeGenerator(loop.Generator):
 
     def following(*args):
       choice = self._choice.choose()
-      if choice not in programs:
-        programs[choice] = compile_next(functools.partial(self._round, choice))
+      which = choice._replace(timed=False)
+      if which not in programs:
+        programs[which] = compile_next(functools.partial(self._round, which))
       self._taken.append(choice)
-      return programs[choice](*args)
+      if not choice.timed:
+        return programs[which](*args)
+      jax.block_until_ready(args)
+      start = time.perf_counter()
+      out = jax.block_until_ready(programs[which](*args))
+      self._choice.time(choice, time.perf_counter() - start)
+      return out
 
     return following
 
@@ -92,12 +98,7 @@ class SpeculativeGenerator(loop.Generator):
     return super().__call__(*args, **kwargs)
 
   def _observe(self, sampled: Sampled) -> None:
-    """The device goes from round to round without a pause, so that what lies between two of them is the later's."""
-    now, (then, compiling) = (time.perf_counter(), self._compiling), self._read
-    taken = self._taken.popleft()
-    known = taken is not None and now[1] == compiling  # while the host compiles, nobody looks at the clock
-    self._read = now
-    self._choice.observe(sampled.metrics, taken, now[0] - then if known else None)
+    self._choice.observe(sampled.metrics, self._taken.popleft())
 
   def _first(self, slots: int, params: Params, tokens, counts, numbers, seed) -> tuple[Cache, Rows, Sampled]:
     ladder, drafts = self._ladder, self._choice.drafts

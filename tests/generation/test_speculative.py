@@ -217,16 +217,20 @@ class _Anything:
       int(self._rng.choice([0, 1, 3, 5])),
       self._rng.random() < 0.3,
     )
-    self.made.append(Choice(draft, tokens, bool(look)))
+    self.made.append(Choice(draft, tokens, bool(look), timed=bool(self._rng.random() < 0.3)))
     return self.made[-1]
 
   def begin(self):
-    self.seen, self.taken, self.made = [], [], []
+    self.seen, self.taken, self.made, self.times = [], [], [], []
 
-  def observe(self, metrics, taken, seconds):
+  def observe(self, metrics, taken):
     self.seen.append(metrics)
     self.taken.append(taken)
-    assert seconds is None or (seconds > 0 and taken is not None)
+
+  def time(self, taken, seconds):
+    assert taken.timed
+    assert seconds > 0
+    self.times.append(taken)
 
 
 @pytest.mark.parametrize("name", ["layer_skip", "early_exit"])
@@ -237,6 +241,7 @@ def test_any_sequence_of_choices_gives_the_same_tokens(name):
   found = SpeculativeGenerator(method.ladder(model, params, None), VOCAB, choice, GREEDY)(PROMPTS, 25)
   assert found.tokens == plain(name)(PROMPTS, 25).tokens
   assert choice.taken == [None, *choice.made[: len(choice.taken) - 1]]  # rounds are told in the order of their choice
+  assert choice.times == [c for c in choice.made if c.timed] != []
   assert len({c.tokens for c in choice.made} | {0}) == len({c.tokens for c in choice.made}) > 2
   for taken, metrics in zip(choice.taken, choice.seen):
     assert ("agrees" in metrics) is (taken is None or taken.look)
@@ -279,7 +284,7 @@ def test_the_choice_is_the_best_by_simulated_throughput():
     return (1 + np.cumprod(right, axis=1).sum(axis=1)).mean() / (length * cost + full)
 
   table = {(e, d): simulated(rates[e], d, layers[e]) for e in range(3) for d in (1, 2, 4, 8)}
-  draft, tokens, _ = chooser.choose()
+  draft, tokens = chooser.choose()[:2]
   assert table[draft, tokens] > 0.98 * max(table.values())
   assert expected_tokens(0.5, 1) == pytest.approx(1.5)
 
@@ -287,9 +292,9 @@ def test_the_choice_is_the_best_by_simulated_throughput():
 def test_old_counts_fade_and_a_draft_that_was_taken_is_counted_in_every_round():
   chooser = Chooser((1, 2), 4, decay=0.5)
   for agreed in (4.0, 0.0):
-    chooser.observe({"agrees": (np.array([agreed, 2.0]), 4.0)}, None, None)
+    chooser.observe({"agrees": (np.array([agreed, 2.0]), 4.0)}, None)
   np.testing.assert_allclose(chooser.rates, [(2.0 + 0.5) / (6 + 1), (3 + 0.5) / (6 + 1)])
-  chooser.observe({"right": (3.0, 4.0)}, Choice(0, 4), None)
+  chooser.observe({"right": (3.0, 4.0)}, Choice(0, 4))
   np.testing.assert_allclose(chooser.rates, [(4.0 + 0.5) / (7 + 1), (3 + 0.5) / (6 + 1)])
   chooser.begin()
   np.testing.assert_array_equal(chooser.rates, [0.5, 0.5])
@@ -297,7 +302,7 @@ def test_old_counts_fade_and_a_draft_that_was_taken_is_counted_in_every_round():
 
 def test_drafts_without_hope_are_not_taken():
   chooser = Chooser((1, 2), 16)
-  chooser.observe({"agrees": (np.array([0.0, 1.0]), 32.0)}, None, None)
+  chooser.observe({"agrees": (np.array([0.0, 1.0]), 32.0)}, None)
   assert chooser.choose().tokens == 0
 
 
