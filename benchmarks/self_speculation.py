@@ -8,15 +8,23 @@ and sampling are counted. `fixed` is LayerSkip's: one exit, one length, for all 
 anew in every round, by layers as in the paper or by the seconds that rounds took. Systems take turns prompt by prompt,
 and ratios are to plain decoding of the same prompt in the same turn. Beside the time: tokens of a round, share of
 drafted tokens that were accepted, layers run one after the other for a token (`calls`), layers run for it in all
-(`work`), and how many prompts were continued by the very same tokens.
+(`work`), and how many prompts were continued by the very same tokens. First, what limits all of it: how much longer a
+pass takes that checks several tokens.
 """
 
 import argparse
+import functools
 import statistics
 import sys
+import time
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
 
 from adaptive.cli import use_compilation_cache
 from adaptive.config import ConfigError
+from adaptive.depth.ladder import At, Ladder
 from adaptive.generation.drafts import Chooser, Fixed
 from adaptive.generation.loop import Generator, Result
 from adaptive.generation.sampling import Sampling
@@ -48,6 +56,27 @@ def speed_up(plain: list[list[float]], system: list[list[float]]) -> float:
   return 1 / statistics.mean(shares)
 
 
+def passes(ladder: Ladder, slots: int, numbers: Sequence[int] = (1, 3, 5, 7)) -> list[float]:
+  """Time of all layers on so many tokens of one row, as a multiple of that on one: what a check costs."""
+  at = lambda number: At(jnp.array([slots // 2]), jnp.array([number]))
+
+  def run(number, params, cache):
+    x, cache = ladder.climb(
+      params, ladder.embed(params, jnp.zeros((1, number), int)), at(number), cache, 0, ladder.stages
+    )
+    return x, cache
+
+  steps = {number: jax.jit(functools.partial(run, number), donate_argnums=1) for number in numbers}
+  caches, times = {number: ladder.empty_cache(1, slots) for number in numbers}, {number: [] for number in numbers}
+  for _ in range(40):
+    for number, step in steps.items():
+      start = time.perf_counter()
+      _, caches[number] = jax.block_until_ready(step(ladder.params, caches[number]))
+      times[number].append(time.perf_counter() - start)
+  median = {number: statistics.median(seconds[4:]) for number, seconds in times.items()}
+  return [median[number] / median[numbers[0]] for number in numbers]
+
+
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--workdir", required=True, help="run with sub-models that can draft")
@@ -69,6 +98,8 @@ def main() -> None:
   every = method.ladder(model, params, None)
   if every is None:
     sys.exit(f"no sub-model of {a.workdir} can draft for the full one")
+  ratios = ", ".join(f"{ratio:.2f}" for ratio in passes(every, a.prompt + a.new))
+  print(f"a pass over 1, 3, 5 and 7 tokens, in passes over one: {ratios}", flush=True)
   able = {s.name: s for s in method.submodels(model)[:-1] if can_draft(method, model, params, s)}
   names = a.drafts.split() or list(able)
   systems = {"plain": Generator(method.decoder(model, params, method.submodels(model)[-1]), vocab, greedy)}

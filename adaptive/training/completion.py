@@ -91,9 +91,9 @@ def complete(workdir: str, request: Request) -> None:
     if drafts:
       ladder = plan.method.ladder(plan.model, params, None if draft is None else [draft])
       require(ladder is not None, "no sub-model of this run can draft for the full one: leave out --draft")
-      measured = request.sampling.temperature == 0  # else what a seed samples would depend on the machine's mood
-      by_itself = lambda: Chooser(ladder.layers[:-1], ladder.layers[-1], measured=measured)
-      choice = by_itself() if draft is None else Fixed(0, request.draft_tokens)
+      *layers, full = ladder.layers
+      greedy = request.sampling.temperature == 0  # else what a seed samples would depend on the machine's mood
+      choice = Chooser(layers, full, measured=greedy) if draft is None else Fixed(0, request.draft_tokens)
       generator = SpeculativeGenerator(ladder, choice=choice, **sampled)
     else:
       generator = Generator(plan.method.decoder(plan.model, params, submodel), **sampled)
