@@ -61,10 +61,8 @@ def passes(ladder: Ladder, slots: int, numbers: Sequence[int] = (1, 3, 5, 7)) ->
   at = lambda number: At(jnp.array([slots // 2]), jnp.array([number]))
 
   def run(number, params, cache):
-    x, cache = ladder.climb(
-      params, ladder.embed(params, jnp.zeros((1, number), int)), at(number), cache, 0, ladder.stages
-    )
-    return x, cache
+    x = ladder.embed(params, jnp.zeros((1, number), int))
+    return ladder.climb(params, x, at(number), cache, 0, ladder.stages)
 
   steps = {number: jax.jit(functools.partial(run, number), donate_argnums=1) for number in numbers}
   caches, times = {number: ladder.empty_cache(1, slots) for number in numbers}, {number: [] for number in numbers}

@@ -38,7 +38,7 @@ def test_a_few_pairs_tell_what_all_cost():
 
 def test_slow_rounds_and_cold_programs_change_nothing_and_what_was_timed_counts_as_it_is():
   costs = RoundCosts(LAYERS, FULL, LENGTHS, overhead=1.0)
-  factors = itertools.chain([0.1] * 5, itertools.cycle([1.0, 9.0, 1.5, 2.0]))  # what is cold may even look quick
+  factors = itertools.chain([0.1] * 5, itertools.cycle([2.0, 1.0, 9.0, 1.5]))  # what is cold may even look quick
   while (pair := costs.probe()) is not None:
     costs.observe(*pair, next(factors) * seconds(*pair) * (2.0 if pair == (2, 2) else 1.0))
   assert costs.table[2, 2] == 2 * TRUE[2, 2]
