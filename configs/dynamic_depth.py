@@ -15,7 +15,7 @@ VARIANTS = {
   "layer_skip": dict(dropout=0.1, exit_scale=1.0, rotation=4),
   "dense": {},
 }
-DEEP = dict(exits=(1, 2, 3, 4, 6, 8, 12, 18), weights="equal")
+DEEP = dict(exits=(1, 2, 3, 4, 6, 8, 12, 18), weights="equal", distill=0.5)
 
 
 def get_config(variant="early_exit"):

@@ -50,6 +50,36 @@ def test_the_loss_is_the_weighted_mean_over_the_extracted_exits(heads, settings,
   np.testing.assert_allclose(named, each, rtol=1e-5)
 
 
+@pytest.mark.parametrize("heads", ["shared", "own"])
+def test_distilled_exits_learn_what_the_model_predicts(heads):
+  """(1 - share) CE + share * cross entropy to the full model, whose prediction carries no gradient."""
+  share = 0.7
+  model, params, batch = built(heads=heads, weights="linear", distill=share)
+  mask = batch["segment_ids"] > 0
+  places = {submodel.name: place for place, submodel in enumerate(METHOD.submodels(model))}
+
+  def slow(params, teacher):
+    found = []
+    for index, name in enumerate(("depth=1", "depth=3", "depth=4")):
+      logits = METHOD.forward(model, params, batch, places[name]).logits
+      chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), batch["targets"][..., None], axis=-1)[..., 0]
+      hard = -jnp.sum(chosen * mask) / jnp.sum(mask)
+      soft = -jnp.sum(jnp.sum(jax.nn.softmax(teacher) * jax.nn.log_softmax(logits), axis=-1) * mask) / jnp.sum(mask)
+      found.append(hard if index == 2 else (1 - share) * hard + share * soft)
+    return jnp.dot(jnp.stack(found), jnp.array([1.0, 3.0, 4.0]) / 8.0)
+
+  full = METHOD.forward(model, params, batch, places["depth=4"]).logits
+  want, wanted = jax.value_and_grad(slow)(params, full)
+  found, grads = jax.value_and_grad(lambda p: loss_of(model, p, batch)[0])(params)
+  assert float(found) == pytest.approx(float(want), rel=1e-5)
+  tiny.assert_trees_close(grads, wanted)
+  metrics = loss_of(model, params, batch)[1]
+  plain = loss_of(model.clone(method=METHOD.Config(exits=(1, 3), heads=heads)), params, batch)[1]
+  assert {name: float(losses.mean(pair)) for name, pair in metrics.items()} == pytest.approx(
+    {name: float(losses.mean(pair)) for name, pair in plain.items()}, rel=1e-6
+  ), "what is reported is the next token's, to be compared with runs without a teacher"
+
+
 def test_without_weight_the_exits_change_nothing():
   """The gradient is then the plain model's."""
   model, params, batch = built(listed_weights=(0.0, 0.0, 1.0))

@@ -24,6 +24,7 @@ CASES = {
   "distilled": ("sorted_net", dict(**SIZES, accum_data="shared", executor="static", scheme="sandwich", distill=0.5)),
   "multi_exit": ("sorted_net", dict(depths=(1, 2, 3), scheme="multi_exit")),
   "exits": ("early_exit", dict(exits=(1, 2))),
+  "distilled_exits": ("early_exit", dict(exits=(1, 2), distill=0.5)),
   "own_exits": ("early_exit", dict(exits=(1, 2), heads="own")),
   "heads_alone": ("early_exit", dict(exits=(1, 2), heads="own", heads_only=True)),
   "layer_skip": ("layer_skip", dict(dropout=0.0, curriculum="none")),
@@ -94,8 +95,9 @@ def test_the_products_of_a_traced_update_are_those_counted(name):
   # The program computes the whole square of scores: as many keys as positions, which 2 * LENGTH - 1 stands for.
   counted = method.update_flops(model, choice, 2 * LENGTH - 1)
   # Each exit's logits are computed again in the backward pass, which saves memory and is no work of the model's.
-  exits = {"multi_exit": 3, "exits": 3, "own_exits": 3, "layer_skip": 3, "gates_warm": 3, "gated": 3}.get(name, 0)
-  exits += {"heads_alone": 2, "gated_frozen": 2, "controller": 3, "controller_frozen": 2, "pondernet": 3}.get(name, 0)
+  threes = ("multi_exit", "exits", "own_exits", "distilled_exits", "layer_skip", "gates_warm", "gated")
+  threes += ("controller", "pondernet")
+  exits = {**dict.fromkeys(threes, 3), "heads_alone": 2, "gated_frozen": 2, "controller_frozen": 2}.get(name, 0)
   again = costs.head_flops(MODEL) * exits
   found = products(jax.make_jaxpr(program)(params, batch).jaxpr)
   assert found == pytest.approx((counted + again) * ROWS * LENGTH, rel=1e-6)

@@ -56,6 +56,9 @@ class Config:
     warmup_steps: the weights of all but the last grow from 0 in so many steps, linearly (EE-LLM).
     heads_only: everything but the exits' own heads stays as it is (EE-Tuning); needs `own` and a trained model to begin
       with (`training.init_from`).
+    distill: share of every early exit's loss that is the soft cross entropy to the model's own prediction in place of
+      the next token's (self-distillation, Zhang et al., arXiv 1905.08094, without its loss on hidden states): exits
+      that agree with the model more often, as drafts should.
     exit: how the trained model leaves.
   """
 
@@ -65,10 +68,12 @@ class Config:
   listed_weights: tuple[float, ...] = ()
   warmup_steps: int = 0
   heads_only: bool = False
+  distill: float = 0.0
   exit: exiting.Exiting = exiting.DEFAULT
 
   def __post_init__(self):
     require_range(self, "method.", "warmup_steps", 0)
+    require(0.0 <= self.distill <= 1.0, f"method.distill={self.distill} must lie in [0, 1]")
     require(not self.heads_only or self.heads == "own", "method.heads_only needs method.heads='own'")
 
 
@@ -103,11 +108,18 @@ def weights_at(model: EarlyExit, step: jax.Array) -> jax.Array:
 
 
 def loss(model: EarlyExit, params: Params, batch: Batch, choice, key, step) -> tuple[jax.Array, Metrics]:
-  """Weighted mean over exits of the next-token cross entropy."""
+  """Weighted mean over exits of the next-token cross entropy, or of what `distill` makes of it."""
   params = heads.frozen(params) if model.method.heads_only else params
   hidden = executors.exits(model.config, params, batch, model.trained)
-  pairs = heads.read(model, params, hidden, objectives.cross_entropy_of(batch))
-  return objectives.weighted(pairs, weights_at(model, step)), heads.by_depth(model, pairs)
+  weights = weights_at(model, step)
+  if not model.method.distill:
+    pairs = heads.read(model, params, hidden, objectives.cross_entropy_of(batch))
+    return objectives.weighted(pairs, weights), heads.by_depth(model, pairs)
+  teacher = model.apply({"params": params}, hidden[-1], method="head")
+  pairs, soft = heads.read(model, params, hidden, objectives.with_teacher(batch, teacher))
+  share = jnp.asarray([model.method.distill] * (len(model.trained) - 1) + [0.0])
+  mixed = ((1.0 - share) * pairs[0] + share * soft[0], pairs[1])
+  return objectives.weighted(mixed, weights), heads.by_depth(model, pairs)
 
 
 def learning_rates(model: EarlyExit) -> dict[str, float]:
@@ -116,7 +128,10 @@ def learning_rates(model: EarlyExit) -> dict[str, float]:
 
 
 def update_flops(model: EarlyExit, choice: tuple[int, ...], seq_len: int) -> float:
-  """One forward pass through all layers, and a head at every exit; and backward what is trained of it."""
-  full = costs.dense_cost(model.config, seq_len).flops_per_token
-  early = (len(model.trained) - 1) * costs.head_flops(model.config)
-  return full + costs.update_flops(early) if model.method.heads_only else costs.update_flops(full + early)
+  """One forward pass through all layers, and a head at every exit; and backward what is trained of it.
+
+  With `distill` the model's own head runs once more, as the teacher.
+  """
+  full, head = costs.dense_cost(model.config, seq_len).flops_per_token, costs.head_flops(model.config)
+  early, teacher = (len(model.trained) - 1) * head, head if model.method.distill else 0.0
+  return teacher + (full + costs.update_flops(early) if model.method.heads_only else costs.update_flops(full + early))
