@@ -4,9 +4,9 @@ DEL (Zarch et al., arXiv 2504.05598) keeps, for every exit, how often its token 
 made anyway, and takes the exit and the length with the most expected tokens per layer that runs one after the other,
 or, since layers are not what a user waits for, per second (`adaptive.generation.round_costs`).
 
-Departures: a round may draft nothing; agreement is counted in every fourth round, since heads on all exits are not
-free; and drafting does not stop early at a token that the draft is unsure of, since a round is one program, whose check
-would be as long as ever.
+Departures: a round may draft nothing; agreement is counted now and then, since heads on all exits are not free, and
+the less often the longer the choice has stayed the same; and drafting does not stop early at a token that the draft is
+unsure of, since a round is one program, whose check would be as long as ever.
 """
 
 import dataclasses
@@ -81,7 +81,8 @@ class Chooser:
     overhead: what drafting a token costs beside the draft's layers, in layers: embedding, head, choice of a token. The
       paper counts none.
     decay: of what was counted of a draft, each time that it is counted anew (omega in the paper).
-    looks: every so many rounds the agreement of all drafts is counted.
+    looks: after how many rounds the agreement of all drafts is counted anew, at first and at most: twice as many each
+      time, as long as the choice stays the same.
     measured: whether rounds are judged by the seconds they take rather than by layers. What is chosen then depends on
       the machine, and so does what is sampled; greedy decoding has one output.
   """
@@ -95,14 +96,14 @@ class Chooser:
     lengths: Sequence[int] = (0, 1, 2, 3, 4, 6, 8, 12, 16),
     overhead: float = 1.0,
     decay: float = 0.95,
-    looks: int = 4,
+    looks: tuple[int, int] = (4, 32),
     measured: bool = False,
   ):
     require(len(layers) > 0, "there is no draft to choose from")
     self._lengths, self._decay, self._looks, self._measured = np.array(lengths), decay, looks, measured
     self._costs = RoundCosts(layers, full, lengths, overhead)
     self._short = self._lengths[None] * np.array(layers)[:, None] <= 2 * full
-    self._last, self._rounds = None, 0
+    self._start_looking()
     self._agreed, self._seen = np.zeros((2, len(layers)))
 
   @property
@@ -122,15 +123,24 @@ class Chooser:
     """New prompts. What earlier ones showed must not change what is sampled; where nothing is sampled, it helps."""
     if not self._measured:
       self._agreed, self._seen = np.zeros((2, len(self._seen)))
-      self._last, self._rounds = None, 0
+      self._start_looking()
+
+  def _start_looking(self) -> None:
+    self._last, self._wait, self._left = None, self._looks[0], self._looks[0]
 
   def choose(self) -> Choice:
     """The next round's."""
     probe = self._costs.probe() if self._measured else None
     if probe is not None:
       return self._choice(*probe)._replace(timed=True)
-    self._last, self._rounds = self._best(), self._rounds + 1
-    return self._choice(*self._last)._replace(look=self._rounds % self._looks == 0)
+    best = self._best()
+    if best != self._last:
+      self._last, self._wait, self._left = best, self._looks[0], min(self._left, self._looks[0])
+    self._left -= 1
+    if self._left:
+      return self._choice(*best)
+    self._wait = self._left = min(2 * self._wait, self._looks[1])
+    return self._choice(*best)._replace(look=True)
 
   def _choice(self, draft: int, length: int) -> Choice:
     return Choice(int(draft), int(self._lengths[length]))
@@ -138,7 +148,7 @@ class Chooser:
   def _best(self) -> tuple[int, int]:
     """Draft and length, as indices."""
     gain = expected_tokens(self.rates[:, None], self._lengths[None]) / self._costs.table * self._short
-    best = np.unravel_index(np.argmax(gain), gain.shape)
+    best = tuple(map(int, np.unravel_index(np.argmax(gain), gain.shape)))
     stay = self._last is not None and gain[best] < _BETTER * gain[self._last]
     return self._last if stay else best
 

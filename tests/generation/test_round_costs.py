@@ -92,6 +92,20 @@ def test_rounds_that_are_timed_count_no_agreement_and_later_ones_do_now_and_then
   probes = [chooser.choose() for _ in range(30)]
   assert all(choice.timed and not choice.look for choice in probes)
   assert len(set(probes)) == 5
-  looks = [chooser.choose() for _ in range(8)]
-  assert [choice.look for choice in looks] == [False, False, False, True] * 2
-  assert not any(choice.timed for choice in looks)
+  assert not any(chooser.choose().timed for _ in range(8))
+
+
+def looks(chooser, rounds):
+  """The numbers of the rounds, from 1, that look."""
+  return [i for i in range(1, rounds + 1) if chooser.choose().look]
+
+
+def test_the_longer_a_choice_stays_the_less_often_agreement_is_counted():
+  chooser = Chooser((1, 2), FULL, (1, 2), overhead=0.0, decay=0.0, looks=(2, 8))
+  chooser.observe(agreeing((0.5, 0.1)), None)
+  assert looks(chooser, 30) == [2, 6, 14, 22, 30]
+  chooser.observe(agreeing((0.1, 0.99)), None)
+  assert looks(chooser, 6) == [2, 6], "another choice is looked at soon"
+  chooser.begin()
+  chooser.observe(agreeing((0.5, 0.1)), None)
+  assert looks(chooser, 6) == [2, 6], "and so are new prompts"

@@ -253,7 +253,7 @@ def test_the_chooser_learns_how_often_each_exit_is_right():
   """Its counts are those of the draft's decoder on the same positions, found one by one."""
   method, model, params = family("layer_skip")
   ladder = method.ladder(model, params, None)
-  chooser = Chooser(ladder.layers[:-1], ladder.layers[-1], lengths=(1, 3), decay=1.0, looks=1)
+  chooser = Chooser(ladder.layers[:-1], ladder.layers[-1], lengths=(1, 3), decay=1.0, looks=(1, 1))
   found = SpeculativeGenerator(ladder, VOCAB, chooser, GREEDY)(PROMPTS[:1], 25)
   assert found.tokens == plain("layer_skip")(PROMPTS[:1], 25).tokens
   full = plain("layer_skip")(PROMPTS[:1], 40)
