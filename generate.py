@@ -3,6 +3,7 @@
 python generate.py --workdir=runs/demo --prompt='def __init__(self' --submodel=depth=3,d_ff=128
 python generate.py --workdir=runs/demo --prompt='import ' --prompt='class ' --temperature=0 --max_new_tokens=40
 python generate.py --workdir=runs/early_exit --prompt='import ' --draft=depth=2
+python generate.py --model=models/SmolLM2-135M-Instruct --prompt='What is the capital of France?'
 """
 
 from absl import flags
@@ -10,6 +11,12 @@ from absl import flags
 from adaptive import cli
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run that train.py made.")
+_MODEL = flags.DEFINE_string(
+  "model", None, "Instead: a published model: a folder, a GGUF file, or its name on the hub."
+)
+_CHAT = flags.DEFINE_bool(
+  "chat", None, "Whether prompts are messages to --model; by default if it has a chat template."
+)
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "Beginning of a document; given several times, a batch")
 _SUBMODEL = flags.DEFINE_string("submodel", None, "Name of a sub-model, as eval.py lists them; the full by default.")
 _SET = flags.DEFINE_multi_string("set", [], "Setting to change that is not trained, such as method.exit.kv=exact.")
@@ -39,17 +46,20 @@ _STOP = flags.DEFINE_string("stop", "", "A continuation ends before this text.")
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
     cli.fail(f"unexpected argument {argv[1]!r}")
-  if not _WORKDIR.value:
-    cli.fail("--workdir is missing, such as --workdir=runs/demo")
+  if bool(_WORKDIR.value) == bool(_MODEL.value):
+    cli.fail("name one of --workdir, such as --workdir=runs/demo, and --model, a published model's folder")
   if not _PROMPT.value:
     cli.fail("--prompt is missing, such as --prompt='import '; an empty one, --prompt=, starts a document")
 
   from adaptive.generation.sampling import Sampling
+  from adaptive.pretrained import hub
   from adaptive.training import completion
 
-  cli.use_compilation_cache(_WORKDIR.value)
+  workdir = _WORKDIR.value or hub.resolve(_MODEL.value)
+  cli.use_compilation_cache(workdir)
   request = completion.Request(
     prompts=tuple(_PROMPT.value),
+    chat=_CHAT.value,
     sampling=Sampling(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value),
     submodel=_SUBMODEL.value,
     step=_STEP.value,
@@ -62,7 +72,7 @@ def main(argv: list[str]) -> None:
     changes=tuple(_SET.value),
     draft_tokens=_DRAFT_TOKENS.value,
   )
-  completion.complete(_WORKDIR.value, request)
+  completion.complete(workdir, request)
 
 
 if __name__ == "__main__":

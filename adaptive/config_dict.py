@@ -87,25 +87,32 @@ def to_json(experiment: Experiment, method_name: str) -> str:
   return json.dumps(to_config_dict(experiment, method_name).to_dict(), indent=2) + "\n"
 
 
-def differences(saved: typing.Mapping[str, Any], wanted: typing.Mapping[str, Any], prefix: str = "") -> list[str]:
-  """Fields of two nested dicts that differ and matter on resume, as `field: saved -> wanted` texts."""
+def differences(
+  saved: typing.Mapping[str, Any], wanted: typing.Mapping[str, Any], prefix: str = "", free: tuple[str, ...] = ()
+) -> list[str]:
+  """Fields of two nested dicts that differ and matter on resume, as `field: saved -> wanted` texts.
+
+  Args:
+    free: names of more fields that do not matter.
+  """
   found = []
   for key in sorted(set(saved) | set(wanted)):
     name, old, new = prefix + key, saved.get(key), wanted.get(key)
-    if name in _FREE_ON_RESUME:
+    if name in _FREE_ON_RESUME or name in free:
       continue
     if isinstance(old, dict) and isinstance(new, dict):
-      found += differences(old, new, name + ".")
+      found += differences(old, new, name + ".", free)
     elif json.dumps(old) != json.dumps(new):
       found.append(f"{name}: {old!r} -> {new!r}")
   return found
 
 
-def changed(saved: dict[str, Any], changes: typing.Sequence[str]) -> dict[str, Any]:
+def changed(saved: dict[str, Any], changes: typing.Sequence[str], free: tuple[str, ...] = ()) -> dict[str, Any]:
   """A saved config with some fields replaced that no training depends on.
 
   Args:
     changes: `field=value` texts; a value is a Python literal, or else a word.
+    free: more fields on which no training depends.
 
   Raises:
     ConfigError: not of that form, no such field, or one that was trained with.
@@ -126,6 +133,6 @@ def changed(saved: dict[str, Any], changes: typing.Sequence[str]) -> dict[str, A
       place[last] = text
     plain = (str, int, float, bool, type(None), tuple, list)
     require(isinstance(place[last], plain), f"--set: {name}={text} is neither a number, nor a word, nor a tuple")
-    fixed = differences(saved, wanted)
+    fixed = differences(saved, wanted, free=free)
     require(not fixed, f"--set: {name} is part of what was trained")
   return wanted

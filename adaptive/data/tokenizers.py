@@ -1,4 +1,4 @@
-"""Text to token ids and back: bytes, or any Hugging Face `tokenizer.json`."""
+"""Text to token ids and back: bytes, any Hugging Face `tokenizer.json`, or what a GGUF file carries."""
 
 import codecs
 import os
@@ -9,6 +9,7 @@ import numpy as np
 import tokenizers
 
 from adaptive.config import ConfigError, DataConfig, require
+from adaptive.data import gguf_tokenizer
 
 # Names under which published tokenizers keep their document boundaries, the first that exists wins. `<|endoftext|>`
 # stands before `<|im_end|>`: in chat models that have both, the former separated documents in pre-training.
@@ -76,7 +77,7 @@ class _ByteStream:
 
 
 class HuggingFaceTokenizer:
-  """A `tokenizer.json` of the `tokenizers` library, used for plain text only.
+  """A tokenizer of the `tokenizers` library, from a `tokenizer.json` or a GGUF file, used for plain text.
 
   Whatever the file says about truncation, padding and templates is switched off, and a text that spells out a special
   token is encoded as ordinary text: a document cannot forge a boundary.
@@ -87,13 +88,10 @@ class HuggingFaceTokenizer:
 
   def __init__(self, path: str):
     require(os.path.isfile(path), f"data.tokenizer={path!r}: no such file (it is 'bytes' or a tokenizer.json)")
-    try:
-      self._tokenizer = tokenizers.Tokenizer.from_file(path)
-    except Exception as error:  # The library raises bare `Exception`.
-      reason = " ".join(str(error).split())
-      raise ConfigError(f"data.tokenizer={path!r} is not a valid tokenizer.json: {reason}") from error
+    self._tokenizer = _read(path)
     self._tokenizer.no_truncation()
     self._tokenizer.no_padding()
+    self.prefix = tuple(self._tokenizer.encode("").ids)  # what the file's template puts before a text
     self._tokenizer.encode_special_tokens = True
     # Ids may have gaps, so the number of tokens is not a bound on them.
     self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
@@ -110,12 +108,35 @@ class HuggingFaceTokenizer:
   def encode(self, text: str) -> np.ndarray:
     return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
 
+  @property
+  def special(self) -> dict[str, str]:
+    """The tokens that stand at the two ends of a document, by the names that chat templates have for them."""
+    return {"bos_token": self._tokenizer.id_to_token(self.bos), "eos_token": self._tokenizer.id_to_token(self.eos)}
+
+  def encode_marked(self, text: str) -> np.ndarray:
+    """Ids of a text in which special tokens are spelled out, as a chat template writes them: int32 [t]."""
+    self._tokenizer.encode_special_tokens = False
+    try:
+      return self.encode(text)
+    finally:
+      self._tokenizer.encode_special_tokens = True
+
   def decode(self, ids: Iterable[int]) -> str:
     boundaries = (self.bos, self.eos)
     return self._tokenizer.decode([i for i in map(int, ids) if i not in boundaries], skip_special_tokens=True)
 
   def stream(self, after: Iterable[int] = ()) -> TextStream:
     return _PieceStream(self.decode, after)
+
+
+def _read(path: str) -> tokenizers.Tokenizer:
+  if path.endswith(".gguf"):
+    return gguf_tokenizer.read(path)
+  try:
+    return tokenizers.Tokenizer.from_file(path)
+  except Exception as error:  # The library raises bare `Exception`.
+    reason = " ".join(str(error).split())
+    raise ConfigError(f"data.tokenizer={path!r} is not a valid tokenizer.json: {reason}") from error
 
 
 class _PieceStream:

@@ -1,7 +1,9 @@
 """What `generate.py` does: continue prompts with a sub-model of a run."""
 
 import dataclasses
+import functools
 import io
+import pathlib
 import sys
 from collections.abc import Sequence
 
@@ -17,6 +19,8 @@ from adaptive.generation.loop import Generator, Result, check
 from adaptive.generation.sampling import Sampling
 from adaptive.generation.speculative import SpeculativeGenerator
 from adaptive.generation.text import RowText
+from adaptive.pretrained import chat
+from adaptive.pretrained.published import Published, is_published
 from adaptive.training.run import find_submodel, load_params, load_plan
 
 
@@ -26,6 +30,8 @@ class Request:
 
   Attributes:
     prompts: each begins a document; an empty one asks for a document from its start.
+    chat: whether prompts are messages, which the template of a published model makes a conversation of; None: where it
+      has one.
     sampling, seed, max_new_tokens: as in `adaptive.generation`.
     submodel: its name; None is the full model. step: of the checkpoint; None is the newest.
     max_len: limit on the tokens of a prompt and its continuation; None is the length of rows that the run trained on.
@@ -38,6 +44,7 @@ class Request:
 
   prompts: tuple[str, ...]
   sampling: Sampling
+  chat: bool | None = None
   submodel: str | None = None
   step: int | None = None
   max_new_tokens: int = 100
@@ -71,14 +78,16 @@ def complete(workdir: str, request: Request) -> None:
   tokenizer = make_tokenizer(data)
   check_vocab(tokenizer, plan.experiment.model.vocab_size)
   check_end(plan.model, tokenizer.eos)
-  prompts = [_encode(tokenizer, prompt) for prompt in request.prompts]
+  published = Published(pathlib.Path(workdir)) if is_published(workdir) else None
+  request, prompts = _prompts(tokenizer, request, published)
+  stop_tokens = (tokenizer.eos,) if published is None else tuple({tokenizer.eos, *published.stop_tokens})
   max_len = data.seq_len if request.max_len is None else request.max_len
   check(prompts, request.max_new_tokens, request.seed, tokenizer.vocab_size, max_len)
   _, params = load_params(plan, workdir, request.step)
   texts = [RowText(tokenizer, prompt, request.stop) for prompt in prompts]
   if isinstance(sys.stdout, io.TextIOWrapper):
     sys.stdout.reconfigure(errors="replace")  # a model writes what it likes, a terminal may know less
-  sampled = dict(vocab_size=tokenizer.vocab_size, sampling=request.sampling, stop_tokens=(tokenizer.eos,))
+  sampled = dict(vocab_size=tokenizer.vocab_size, sampling=request.sampling, stop_tokens=stop_tokens)
   if request.slots:
     ticker = plan.method.ticker(plan.model, params, submodel)
     require(ticker is not None, "every token of this run's method takes the same path: leave out --slots")
@@ -102,12 +111,21 @@ def complete(workdir: str, request: Request) -> None:
   print(summary, file=sys.stderr)
 
 
-def _encode(tokenizer: Tokenizer, prompt: str) -> list[int]:
-  """Ids of the beginning of a document."""
+def _prompts(tokenizer: Tokenizer, request: Request, published: Published | None) -> tuple[Request, list[list[int]]]:
+  """The ids that each prompt begins a row with, and the request with what of the prompts is to be shown."""
+  template = published and published.chat_template
+  require(not request.chat or template is not None, "--chat: this model has no chat template")
   try:
-    return [tokenizer.bos, *tokenizer.encode(prompt).tolist()]
+    if template is None or request.chat is False:
+      prefix = [tokenizer.bos] if published is None else tokenizer.prefix
+      prompts = [[*prefix, *tokenizer.encode(prompt).tolist()] for prompt in request.prompts]
+      empty = [i for i, prompt in enumerate(prompts) if not prompt]
+      return request, [[tokenizer.bos] if i in empty else prompt for i, prompt in enumerate(prompts)]
+    render = functools.partial(chat.render, template, special=tokenizer.special)
+    prompts = [tokenizer.encode_marked(render(prompt)).tolist() for prompt in request.prompts]
+    return dataclasses.replace(request, prompts=("",) * len(prompts)), prompts
   except UnicodeEncodeError as error:  # how Python keeps arguments that are not UTF-8
-    raise ConfigError(f"the prompt {prompt!r} is not UTF-8") from error
+    raise ConfigError("a prompt is not UTF-8") from error
 
 
 def _stream(generator: Generator, request: Request, prompts: Sequence[Sequence[int]], texts: list[RowText]) -> Result:

@@ -3,6 +3,7 @@
 import dataclasses
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -17,6 +18,8 @@ from adaptive.data import load as load_data
 from adaptive.depth.exits import check_end
 from adaptive.methods import METHODS, parse_config
 from adaptive.methods.contract import Method, Params, SubModel
+from adaptive.pretrained.load import load
+from adaptive.pretrained.published import Published, is_published
 from adaptive.training import state as states
 from adaptive.training.checkpoint import Checkpointer, CheckpointError
 from adaptive.training.optim import make_optimizer
@@ -24,6 +27,8 @@ from adaptive.training.workdir import load_config
 
 CHECKPOINTS = "checkpoints"
 _ATTEMPTS = 5
+_LONG_ROWS = 2048  # tokens: a published model takes longer rows only when told to
+_HOW_TO_COMPUTE = ("model.dtype", "model.param_dtype", "model.attention", "model.ff_groups", "model.scan_unroll")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +110,7 @@ def assemble(method: Method, experiment: Experiment, training: bool = True) -> R
 
 
 def load_run(workdir: str, changes: Sequence[str] = (), **overrides) -> Run:
-  """The run that a workdir holds, for evaluation.
+  """The run that a workdir holds, for evaluation; or one of a published model, which has no steps.
 
   Args:
     changes: settings that are not trained, as `field=value` texts, such as method.exit.signal=margin.
@@ -123,12 +128,25 @@ def load_plan(workdir: str, changes: Sequence[str] = ()) -> Plan:
 
 
 def _settings(workdir: str, changes: Sequence[str], **overrides) -> tuple[Method, Experiment]:
-  method, experiment = parse_config(config_dict.changed(load_config(workdir), changes))
+  if is_published(workdir):
+    model = Published(pathlib.Path(workdir))
+    saved, free = _published_config(model), ("data", *_HOW_TO_COMPUTE)
+  else:
+    saved, free = load_config(workdir), ()
+  method, experiment = parse_config(config_dict.changed(saved, changes, free))
   evaluation = dataclasses.replace(experiment.evaluation, **overrides)
   # The mesh that trained the run need not exist here; any other holds the same parameters and scores the same rows.
   devices = jax.device_count()
   evaluation = dataclasses.replace(evaluation, batch_size=-(-evaluation.batch_size // devices) * devices)
   return method, dataclasses.replace(experiment, evaluation=evaluation, mesh=configs.MeshConfig())
+
+
+def _published_config(model: Published) -> dict[str, Any]:
+  """Of a dense run that would end with this model; its data are any, read with its tokenizer."""
+  longest = min(model.max_len or _LONG_ROWS, _LONG_ROWS)
+  data = configs.DataConfig(tokenizer=model.tokenizer, seq_len=longest)
+  experiment = Experiment(model=model.config, data=data, method=METHODS["dense"].Config())
+  return config_dict.to_config_dict(experiment, "dense").to_dict()
 
 
 def find_submodel(run: Plan, name: str) -> SubModel:
@@ -141,9 +159,16 @@ def find_submodel(run: Plan, name: str) -> SubModel:
 def load_params(run: Plan, workdir: str, step: int | None = None) -> tuple[int, Params]:
   """Step and parameters of a checkpoint, the newest unless told otherwise.
 
+  Of a published model they are those that its files hold, and the step is 0.
+
   Raises:
     CheckpointError: there is none.
+    ConfigError: the files of a published model do not fit its config, or are damaged.
   """
+  if is_published(workdir):
+    require(step is None, f"{workdir} is a published model, which has no steps: leave out --step")
+    abstract = states.abstract(run.model, run.optimizer, run.mesh)
+    return 0, load(Published(pathlib.Path(workdir)).source(), run.experiment.model, abstract.params)
   with Checkpointer(pathlib.Path(workdir) / CHECKPOINTS, keep=None) as checkpointer:
     for attempt in range(_ATTEMPTS):
       chosen = checkpointer.latest_step() if step is None else step
