@@ -3,6 +3,7 @@
 python eval.py --workdir=runs/demo
 python eval.py --compare runs/a runs/b
 python eval.py --workdir=runs/demo --extract=depth=3,d_ff=128 --output=runs/small
+python eval.py --workdir=runs/demo --extract=depth=3,d_ff=128 --output=models/small --hugging_face
 """
 
 import pathlib
@@ -18,6 +19,9 @@ _LATENCY = flags.DEFINE_bool("latency", None, "Time the sub-models; evaluation.l
 _SET = flags.DEFINE_multi_string("set", [], "Setting to change that is not trained, such as method.exit.signal=margin.")
 _COMPARE = flags.DEFINE_bool("compare", False, "Draw the runs named after the flags in one plot.")
 _EXTRACT = flags.DEFINE_string("extract", None, "Write this sub-model as an ordinary dense run into --output.")
+_HUGGING_FACE = flags.DEFINE_bool(
+  "hugging_face", False, "With --extract: write a Hugging Face folder instead of a run."
+)
 _OUTPUT = flags.DEFINE_string("output", None, "Where results go: by default the workdir, or beside the runs.")
 
 
@@ -33,7 +37,10 @@ def main(argv: list[str]) -> None:
   if not _COMPARE.value and (runs or not _WORKDIR.value):
     cli.fail(f"unexpected argument {runs[0]!r}" if runs else "--workdir is missing, such as --workdir=runs/demo")
 
-  from adaptive.training import reports
+  if _HUGGING_FACE.value and _EXTRACT.value is None:
+    cli.fail("--hugging_face goes with --extract")
+
+  from adaptive.training import extraction, reports
 
   cli.use_compilation_cache(_WORKDIR.value or runs[0])
   settings = {"rows": _ROWS.value, "latency": _LATENCY.value}
@@ -41,7 +48,7 @@ def main(argv: list[str]) -> None:
   if _COMPARE.value:
     reports.compare(runs, _OUTPUT.value or str(pathlib.Path(runs[0]).parent / "compare"), **settings)
   elif _EXTRACT.value is not None:
-    reports.extract(_WORKDIR.value, _STEP.value, _EXTRACT.value, _OUTPUT.value)
+    extraction.extract(_WORKDIR.value, _STEP.value, _EXTRACT.value, _OUTPUT.value, _HUGGING_FACE.value)
   else:
     reports.evaluate(_WORKDIR.value, _STEP.value, _OUTPUT.value or _WORKDIR.value, _SET.value, **settings)
 

@@ -88,7 +88,7 @@ class HuggingFaceTokenizer:
 
   def __init__(self, path: str):
     require(os.path.isfile(path), f"data.tokenizer={path!r}: no such file (it is 'bytes' or a tokenizer.json)")
-    self._tokenizer = _read(path)
+    self._tokenizer = read_tokenizer(path)
     self._tokenizer.no_truncation()
     self._tokenizer.no_padding()
     self.prefix = tuple(self._tokenizer.encode("").ids)  # what the file's template puts before a text
@@ -129,7 +129,8 @@ class HuggingFaceTokenizer:
     return _PieceStream(self.decode, after)
 
 
-def _read(path: str) -> tokenizers.Tokenizer:
+def read_tokenizer(path: str) -> tokenizers.Tokenizer:
+  """The library's own object; ConfigError when the file is no tokenizer."""
   if path.endswith(".gguf"):
     return gguf_tokenizer.read(path)
   try:

@@ -1,7 +1,6 @@
-"""What `eval.py` does: evaluate a run, compare runs, extract a sub-model."""
+"""What `eval.py` does: evaluate a run, compare runs."""
 
 import dataclasses
-import json
 import os
 import pathlib
 import sys
@@ -9,15 +8,13 @@ from collections.abc import Sequence
 
 import jax
 
-from adaptive import config_dict, sharding
 from adaptive.config import ConfigError, require
 from adaptive.evaluation import report
 from adaptive.evaluation.results import Family
 from adaptive.evaluation.sweep import sweep
-from adaptive.methods import METHODS
 from adaptive.training.checkpoint import Checkpointer
-from adaptive.training.run import CHECKPOINTS, Run, find_submodel, load_params, load_run
-from adaptive.training.workdir import load_config, open_workdir, user_errors
+from adaptive.training.run import CHECKPOINTS, Run, load_params, load_run
+from adaptive.training.workdir import load_config, user_errors
 
 CHANGED = "changed"  # a note of settings that differ from the run's own
 
@@ -43,7 +40,8 @@ def evaluate(workdir: str, step: int | None, output: str, changes: Sequence[str]
 
 def _sweep(run: Run, workdir: str, step: int, params) -> Family:
   data = run.experiment.data
-  notes = {"method": run.method_name, "trained": f"{step} steps, {step * data.batch_size * data.seq_len:,} tokens"}
+  trained = f"{step} steps, {step * data.batch_size * data.seq_len:,} tokens" if step else "elsewhere"
+  notes = {"method": run.method_name, "trained": trained}
   label = pathlib.Path(workdir).absolute().name
   return sweep(run.method, run.model, params, run.experiment, run.dataset, run.mesh, label, notes)
 
@@ -98,27 +96,3 @@ def _write(families: Sequence[Family], output: str) -> None:
   with user_errors(f"cannot write results to {output}"):
     paths = report.write_all(families, output)
   print("\nwrote " + ", ".join(str(path) for path in paths.values()))
-
-
-def extract(workdir: str, step: int | None, name: str, output: str | None) -> None:
-  """Writes a sub-model as a workdir of its own, which holds an ordinary dense model.
-
-  Raises:
-    ConfigError: no such sub-model, it cannot stand alone, or the folder is taken.
-  """
-  require(output is not None, "--extract needs --output, the folder of the new run")
-  run = load_run(workdir)
-  submodel = find_submodel(run, name)
-  step, params = load_params(run, workdir, step)
-  found = run.method.extract(run.model, params, submodel)
-  require(found is not None, f"sub-model {name} needs its method to run: it cannot be extracted")
-  model_config, small = found
-  dense = dataclasses.replace(run.experiment, model=model_config, method=METHODS["dense"].Config())
-  folder = open_workdir(output, config_dict.to_json(dense, "dense"))
-  origin = {"submodel": name, "method": run.method_name, "config": json.loads(run.config_json)}
-  with Checkpointer(folder / CHECKPOINTS, keep=1) as checkpointer:
-    # Saving a step that is there already does nothing, and an older step would not be the newest.
-    require(not checkpointer.steps(), f"{output} holds an extracted model already; choose another --output")
-    small = jax.device_put(small, sharding.replicated(run.mesh))
-    checkpointer.save(step, {"params": small}, {"step": step, "extracted_from": origin})
-  print(f"wrote {name} to {folder}; evaluate it with: python eval.py --workdir={output}")

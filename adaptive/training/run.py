@@ -150,8 +150,9 @@ def _published_config(model: Published) -> dict[str, Any]:
 
 
 def find_submodel(run: Plan, name: str) -> SubModel:
-  """The sub-model of that name; ConfigError with the nearest name when there is none."""
+  """The sub-model of that name, or the `full` one; ConfigError with the nearest name when there is none."""
   submodels = {s.name: s for s in run.method.submodels(run.model)}
+  submodels["full"] = run.method.submodels(run.model)[-1]
   require(name in submodels, f"no sub-model {name!r}; {configs.nearest(name, submodels)}")
   return submodels[name]
 
