@@ -4,7 +4,8 @@ import functools
 import itertools
 import json
 import pathlib
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -30,6 +31,7 @@ def write(
   data: DataConfig,
   tokenizer: Tokenizer,
   begins: bool = True,
+  stop_tokens: Sequence[int] = (),
   chat_template: str | None = None,
   shard_bytes: int = _SHARD,
 ) -> None:
@@ -39,13 +41,15 @@ def write(
     params: of a dense model, on the devices of this process.
     data: how the model's text was read. tokenizer: made from it.
     begins: whether every text begins with the tokenizer's `bos`, as it does in training here.
+    stop_tokens: that end what is generated; the tokenizer's `eos` by default.
 
   Raises:
     ConfigError: no published family computes what the config does, or the safetensors package is missing.
   """
-  found = families.to_hugging_face(config, data.seq_len, tokenizer.bos, tokenizer.eos)
+  ends = list(stop_tokens) or [tokenizer.eos]
+  found = families.to_hugging_face(config, data.seq_len, tokenizer.bos, ends[0])
   _dump(folder / "config.json", found)
-  _dump(folder / "generation_config.json", {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos})
+  _dump(folder / "generation_config.json", {"bos_token_id": tokenizer.bos, "eos_token_id": ends})
   _write_weights(folder, config, params, shard_bytes)
   made = _byte_tokenizer() if data.tokenizer == "bytes" else read_tokenizer(data.tokenizer)
   bos, eos = (made.id_to_token(i) for i in (tokenizer.bos, tokenizer.eos))
@@ -83,6 +87,7 @@ def _write_weights(folder: pathlib.Path, config: ModelConfig, params: Params, sh
   tensors = _tensors(config, params)
   for part, name in zip(parts, names if len(parts) > 1 else [SINGLE]):
     save_file(dict(itertools.islice(tensors, len(part))), folder / name, metadata={"format": "pt"})
+    shutil.copymode(folder / "config.json", folder / name)  # the library lets nobody else read it
   if len(parts) > 1:
     total = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
     where = {tensor: name for part, name in zip(parts, names) for tensor in part}

@@ -2,6 +2,10 @@
 
 import dataclasses
 import json
+import os
+import pathlib
+import subprocess
+import sys
 
 import folders
 import jax
@@ -116,6 +120,7 @@ def test_in_and_out_and_in_is_the_same_to_the_bit(tmp_path):
   first, second = Published(folder), Published(tmp_path / "out")
   assert second.chat_template == folders.CHAT
   assert second.max_len == first.max_len
+  assert second.stop_tokens == first.stop_tokens == (1,)
   tiny.assert_trees_equal(read(tmp_path / "out")[1], read(folder)[1])
   a, b = (make_tokenizer(load_plan(str(path)).experiment.data) for path in (folder, tmp_path / "out"))
   assert a.encode_marked("<|im_start|>abc").tolist() == b.encode_marked("<|im_start|>abc").tolist() == [1, 3, 4, 5]
@@ -127,3 +132,20 @@ def test_a_message_is_rendered_and_a_failing_template_is_told():
   assert chat.render(folders.CHAT, "abc", {}) == "<|im_start|>user\nabc<|im_end|>\n<|im_start|>assistant"
   with pytest.raises(ConfigError, match="chat template fails: no"):
     chat.render("{{ raise_exception('no') }}", "abc", {})
+
+
+@pytest.mark.slow
+def test_reading_holds_one_tensor_beside_the_model(tmp_path):
+  """Of 414 MB in float32, the largest tensor 131: at most one and a half of it beside the model itself."""
+  paths = []
+  for name, (d, f, v, layers) in {"small": (256, 512, 512, 2), "large": (1024, 2816, 32000, 6)}.items():
+    sizes = dict(hidden_size=d, intermediate_size=f, vocab_size=v, num_hidden_layers=layers)
+    config = {**folders.CONFIG, **sizes, "num_attention_heads": 8}
+    weights = {name: w.astype(ml_dtypes.bfloat16) for name, w in folders.tensors(config).items()}
+    paths.append(folders.write(tmp_path / name, config, weights))
+  command = [sys.executable, pathlib.Path(__file__).with_name("load_in_one.py"), *paths]
+  environment = {**os.environ, "PYTHONPATH": str(pathlib.Path(__file__).parents[2]), "JAX_PLATFORMS": "cpu"}
+  done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True, env=environment)
+  model, rose = map(int, done.stdout.split())
+  assert model > 400e6
+  assert rose < model + 1.5 * 32000 * 1024 * 4
