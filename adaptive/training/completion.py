@@ -122,7 +122,8 @@ def _prompts(tokenizer: Tokenizer, request: Request, published: Published | None
       empty = [i for i, prompt in enumerate(prompts) if not prompt]
       return request, [[tokenizer.bos] if i in empty else prompt for i, prompt in enumerate(prompts)]
     render = functools.partial(chat.render, template, special=tokenizer.special)
-    prompts = [tokenizer.encode_marked(render(prompt)).tolist() for prompt in request.prompts]
+    messages = ([{"role": "user", "content": prompt}] for prompt in request.prompts)
+    prompts = [tokenizer.encode_marked(render(message)).tolist() for message in messages]
     return dataclasses.replace(request, prompts=("",) * len(prompts)), prompts
   except UnicodeEncodeError as error:  # how Python keeps arguments that are not UTF-8
     raise ConfigError("a prompt is not UTF-8") from error

@@ -129,9 +129,10 @@ def test_in_and_out_and_in_is_the_same_to_the_bit(tmp_path):
 
 
 def test_a_message_is_rendered_and_a_failing_template_is_told():
-  assert chat.render(folders.CHAT, "abc", {}) == "<|im_start|>user\nabc<|im_end|>\n<|im_start|>assistant"
+  message = [{"role": "user", "content": "abc"}]
+  assert chat.render(folders.CHAT, message, {}) == "<|im_start|>user\nabc<|im_end|>\n<|im_start|>assistant"
   with pytest.raises(ConfigError, match="chat template fails: no"):
-    chat.render("{{ raise_exception('no') }}", "abc", {})
+    chat.render("{{ raise_exception('no') }}", message, {})
 
 
 @pytest.mark.slow

@@ -1,0 +1,107 @@
+"""Log-probabilities of given continuations under a sub-model: what multiple choice and perplexity are made of."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+from jax.sharding import Mesh
+
+from adaptive import sharding
+from adaptive.methods.contract import Batch, Method, Params
+
+_SMALLEST = 32
+
+
+class Piece(NamedTuple):
+  """Tokens of which some are given, and the others are scored.
+
+  Attributes:
+    tokens: ids. given: how many of them, from the first on, are not scored; at least one.
+  """
+
+  tokens: Sequence[int]
+  given: int
+
+
+class Score(NamedTuple):
+  """Of a piece: the sum of its scored tokens' log-probabilities, and whether each was the likeliest."""
+
+  log_prob: float
+  greedy: bool
+
+
+class Scorer:
+  """Scores pieces in batches of equal length, each length compiled once.
+
+  Args:
+    index: of the sub-model. rows: pieces at a time; rounded up to what the mesh divides.
+  """
+
+  def __init__(self, method: Method, model: nn.Module, params: Params, index: int, mesh: Mesh, rows: int = 8):
+    parts = sharding.batch_parts(mesh)
+    self._params, self._mesh, self._rows = params, mesh, -(-rows // parts) * parts
+
+    def score(params: Params, batch: Batch, scored: jax.Array):
+      logits = method.forward(model, params, batch, index).logits
+      chosen = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), batch["targets"][..., None], axis=-1)[..., 0]
+      right = jnp.argmax(logits, axis=-1) == batch["targets"]
+      return jnp.sum(chosen * scored, axis=1), jnp.all(right | (scored == 0), axis=1)
+
+    self._score = jax.jit(score, out_shardings=sharding.replicated(mesh))
+
+  def __call__(self, pieces: Sequence[Piece], show: bool = False) -> list[Score]:
+    """Scores in the order of the pieces; `show` draws a bar."""
+    order = sorted(range(len(pieces)), key=lambda i: -len(pieces[i].tokens))  # the longest first: memory fails at once
+    found: list[Score | None] = [None] * len(pieces)
+    with jax.set_mesh(self._mesh), tqdm.tqdm(total=len(pieces), desc="scoring", disable=not show) as bar:
+      for start in range(0, len(order), self._rows):
+        chosen = order[start : start + self._rows]
+        sums, right = self._score(self._params, *self._batch([pieces[i] for i in chosen]))
+        for i, total, greedy in zip(chosen, np.asarray(sums), np.asarray(right)):
+          found[i] = Score(float(total), bool(greedy))
+        bar.update(len(chosen))
+    return found
+
+  def _batch(self, pieces: Sequence[Piece]) -> tuple[Batch, jax.Array]:
+    """Rows filled up with padding, and those that are missing with rows of it; and which predictions count."""
+    length = _bucket(max(len(piece.tokens) for piece in pieces) - 1)
+    names = ("inputs", "targets", "segment_ids", "positions", "scored")
+    batch = {name: np.zeros((self._rows, length), np.int32) for name in names}
+    for i, (tokens, given) in enumerate(pieces):
+      size = len(tokens) - 1
+      batch["inputs"][i, :size], batch["targets"][i, :size] = tokens[:-1], tokens[1:]
+      batch["segment_ids"][i, :size], batch["positions"][i, :size] = 1, np.arange(size)
+      batch["scored"][i, given - 1 : size] = 1
+    batch = sharding.global_batch(batch, self._mesh)
+    return batch, batch.pop("scored")
+
+
+def _bucket(length: int) -> int:
+  """A length at least as long, of few, since each is compiled: steps of a quarter of the next power of two."""
+  step = max(_SMALLEST, 1 << max((length - 1).bit_length() - 2, 0))
+  return -(-length // step) * step
+
+
+def continuation(
+  encode: Callable[[str], Sequence[int]], prefix: Sequence[int], context: str, text: str, max_len: int
+) -> Piece:
+  """A text after its context, as one piece.
+
+  Both are tokenised together, as they would be written, and split where the context's own tokens end. Blanks at the
+  context's end count to the text, where tokenizers of words put them. What is too long loses its beginning.
+
+  Args:
+    prefix: tokens that stand before every context; where neither has one, the first of the text is given.
+  """
+  blanks = len(context) - len(context.rstrip())
+  if blanks and context.strip():
+    context, text = context[:-blanks], context[-blanks:] + text
+  before = [*prefix, *encode(context)] if context else [*prefix]
+  tokens = [*prefix, *encode(context + text)]
+  number = max(len(tokens) - len(before), 1)
+  kept = tokens[-(max_len + 1) :]
+  return Piece(kept, max(len(kept) - number, 1))
