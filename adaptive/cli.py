@@ -19,6 +19,7 @@ from adaptive.config import ConfigError, RunStopped, nearest
 STOPPED = 1
 USER_ERROR = 2
 INTERRUPTED = 130
+PIPE_CLOSED = 141
 
 _DISTRIBUTED = absl_flags.DEFINE_bool(
   "distributed", None, "Be one of several processes; by default, when the environment says so (Slurm, GKE, Open MPI)."
@@ -49,6 +50,9 @@ def run(main: Callable[[list[str]], None], saves_on_sigterm: bool = False) -> No
       fail(str(error), at_once=error.leaves_threads)
     except RunStopped as error:
       fail(str(error), STOPPED)
+    except BrokenPipeError:  # who read the output, such as head, has what it wanted
+      os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains at exit
+      sys.exit(PIPE_CLOSED)
     except KeyboardInterrupt:
       # Not sys.exit: at exit Python waits for threads, and one that was reading or writing may never end.
       print("interrupted", file=sys.stderr, flush=True)

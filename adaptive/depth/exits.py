@@ -125,6 +125,7 @@ class Exits(NamedTuple):
     learned_flops: of a learned signal, for each token and exit that is asked.
     kept: names of parameters that compute in float32 whatever the model does, so that decoding does not round them.
     ends: what ends a text, asked of all sub-models with thresholds.
+    first_stays: whether the first token of a document leaves at the model's own exit, whatever it sees.
   """
 
   model: Transformer
@@ -140,6 +141,7 @@ class Exits(NamedTuple):
   learned_flops: float = 0.0
   kept: tuple[str, ...] = ()
   ends: Ends | None = None
+  first_stays: bool = False
 
   @property
   def config(self) -> ModelConfig:
@@ -216,7 +218,7 @@ def _check_numbers(how: Exiting) -> None:
   )
   require_range(how, "method.exit.", "decay_rate", 0)
   require_range(how, "method.exit.", "decay_length", 0, above=True)
-  require_range(how, "method.exit.", "wait", 1)
+  require_range(how, "method.exit.", "wait", 1, 1024)  # each is a row that every step computes
 
 
 def rules(exits: Exits) -> dict[tuple[tuple[str, int | float], ...], Rule]:

@@ -99,7 +99,8 @@ def _ask(exits: Exits, params: Params, which: int, walk: Walk, positions: jax.Ar
     return walk._replace(logits=jnp.where(walk.alive[..., None], logits, walk.logits), alive=jnp.zeros_like(walk.alive))
   value, logits, read, mean = look(exits, params, which, walk, positions)
   limit = jnp.asarray(rule.thresholds, jnp.float32)[which] * decay(exits.how, positions)
-  goes = walk.alive & ((value > limit) | (exits.depths[which] >= rule.depth) | over)
+  sure = (value > limit) & may_leave(exits, positions)
+  goes = walk.alive & (sure | (exits.depths[which] >= rule.depth) | over)
   spoken = lambda logits: jnp.where(goes[..., None], _spoken(exits, over, logits), walk.logits)
   if logits is None:  # the head is for those that leave, if any does
     out = jax.lax.cond(jnp.any(goes), lambda: spoken(exits.head(params, which, read)), lambda: walk.logits)
@@ -108,6 +109,11 @@ def _ask(exits: Exits, params: Params, which: int, walk: Walk, positions: jax.Ar
   previous = walk.previous[1] if logits is None else logits
   memory = exits.signal(params, which).remember(value, walk.memory)
   return Walk(walk.x, walk.alive & ~goes, out, (walk.x, previous), memory, mean)
+
+
+def may_leave(exits: Exits, positions: jax.Array) -> jax.Array:
+  """Which tokens at positions [b, t] may leave by what they see, bool [b, t]."""
+  return positions > 0 if exits.first_stays else jnp.ones(positions.shape, bool)
 
 
 def _over(exits: Exits, params: Params, which: int, walk: Walk, positions: jax.Array, rule: Rule) -> jax.Array:

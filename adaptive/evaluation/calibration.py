@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from adaptive.backbone.transformer import Batch, Params
+from adaptive.config import require
 from adaptive.depth import climb, exit_costs
 from adaptive.depth import exits as exiting
 from adaptive.depth import walk as walking
@@ -27,7 +28,15 @@ def collect(exits: Exits, params: Params, batches: Sequence[Batch], seq_len: int
     number += len(real)
   signal, right = (np.concatenate(parts, axis=1) for parts in zip(*found))
   flops = flops_where_left(exits, seq_len, np.concatenate(segments))
-  return Seen(signal, right, np.concatenate(rows), flops, full_flops(exits, seq_len))
+  least = signal[np.isfinite(signal)].min(initial=0.0)
+  require(
+    not exits.how.decay or least >= 0,
+    f"method.exit.decay={exits.how.decay} would raise negative thresholds, and method.exit.signal={exits.how.signal!r} "
+    f"is {least:.3g} of some tokens: calibrate without decay",
+  )
+  return Seen(
+    signal, right, np.concatenate(rows), flops, full_flops(exits, seq_len), counts=exits.how.signal == "patience"
+  )
 
 
 def _look(exits: Exits, params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
@@ -41,7 +50,8 @@ def _look(exits: Exits, params: Params, batch: Batch) -> tuple[jax.Array, jax.Ar
     logits = exits.head(params, which, read) if logits is None else logits
     memory = exits.signal(params, which).remember(value, walk.memory)
     walk = walk._replace(previous=(x, logits), memory=memory, mean=mean)
-    found.append(value / walking.decay(exits.how, positions))  # instead of each threshold times it
+    value = value / walking.decay(exits.how, positions)  # instead of each threshold times it
+    found.append(jnp.where(walking.may_leave(exits, positions), value, -jnp.inf))
     tops.append(jnp.argmax(logits, axis=-1))
   last = exits.head(params, len(found), walking.last_read(walk._replace(x=hidden[-1])))
   tops.append(jnp.argmax(last, axis=-1))

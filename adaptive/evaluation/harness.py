@@ -1,7 +1,7 @@
 """Any sub-model as a model of lm-evaluation-harness, in process and without torch.
 
-The harness asks for three things: log-likelihoods of continuations, of whole texts, and continuations. The first two are
-one forward pass (`adaptive.evaluation.likelihood`), the third is what `generate.py` does.
+The harness asks for three things: log-likelihoods of continuations, of whole texts, and continuations. The first two
+are one forward pass (`adaptive.evaluation.likelihood`), the third is what `generate.py` does.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -25,8 +25,8 @@ class AdaptiveLM(LM):
   """One sub-model.
 
   Args:
-    tokenizer: of the model. prefix: tokens that stand before every text, and are not scored; the tokenizer's `bos` stands
-      for them where there is no context at all.
+    tokenizer: of the model. prefix: tokens that stand before every text, and are not scored; the tokenizer's `bos`
+      stands for them where there is no context at all.
     scorer: of the sub-model. generator: (sampling, most tokens of a row) -> what continues prompts with it.
     max_len: tokens of the longest row. rows: texts at a time.
     chat: messages -> text, where the model has a chat template. name: of model and sub-model, for the harness's caches.

@@ -22,12 +22,13 @@ class Seen:
   """What a calibration set shows, of n tokens at e exits, the last one the model's own.
 
   Attributes:
-    signals: how sure each early exit is, [e - 1, n].
+    signals: how sure each early exit is, [e - 1, n]; -inf where a token may not leave.
     right: whether an exit's likeliest token is the model's, [e, n].
     rows: which row of text each token is of, [n]: tokens of a row are no independent witnesses.
     flops: exits where the tokens leave, int [n] -> mean FLOPs of a token. What one costs may depend on where others
       leave: with the full model's keys those that have left are taken up when a later one goes on.
     full: FLOPs of a token of the full model. A plan under which none leaves costs more if it asks logits on the way.
+    counts: whether signals are whole numbers (patience).
   """
 
   signals: np.ndarray
@@ -35,6 +36,7 @@ class Seen:
   rows: np.ndarray
   flops: Callable[[np.ndarray], float]
   full: float
+  counts: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +76,7 @@ def for_shares(seen: Seen, shares: np.ndarray) -> tuple[float, ...]:
   """Thresholds by which these shares of the tokens leave at the early exits, [e - 1]: ranks among those still there."""
   number, staying, found = seen.signals.shape[1], np.ones(seen.signals.shape[1], bool), []
   for signal, share in zip(seen.signals, shares):
-    there = np.sort(signal[staying])[::-1]
+    there = np.sort(signal[staying & np.isfinite(signal)])[::-1]
     leaving = min(round(share * number), len(there))
     limit = _between(there, leaving)
     found.append(limit)
@@ -102,9 +104,9 @@ def for_budget(seen: Seen, budget: float) -> Solution:
   ConfigError for a budget below the cheapest that was found; that can be all of the full model's FLOPs and more, where
   a head is asked at every exit, or those who wait begin anew with every token.
   """
+  check_budget(budget)
   found = [outcome(seen, plan) for plan in _plans(seen)]
   least = min(solution.share for solution in found)
-  require(budget <= 1, f"a budget of {budget:g} of the full model's FLOPs is more than the full model's")
   require(
     least <= budget,
     f"a budget of {budget:g} of the full model's FLOPs cannot be met: the cheapest thresholds found cost {least:.3g}",
@@ -115,7 +117,8 @@ def for_budget(seen: Seen, budget: float) -> Solution:
 def _plans(seen: Seen) -> Iterator[tuple[float, ...]]:
   """Thresholds for budgets to choose among: all leave at once, or shares in proportion to r^k."""
   early = len(seen.signals)
-  yield (just_below(seen.signals[0].min()), *[np.inf] * (early - 1))
+  first = seen.signals[0]
+  yield (just_below(first[np.isfinite(first)].min(initial=0.0)), *[np.inf] * (early - 1))
   for ratio in np.exp(np.linspace(-3, 3, 61)):
     for last in np.linspace(0, 1, 41):  # what is left for the model's own exit
       weights = ratio ** np.arange(early)
@@ -137,6 +140,17 @@ def p_value(losses: np.ndarray, limit: float) -> float:
   return float(min(1.0, 1.0 / capital.max()))
 
 
+def check_budget(budget: float) -> None:
+  """ConfigError for what is no share of the full model's FLOPs."""
+  require(0 < budget <= 1, f"a budget of {budget:g} of the full model's FLOPs must be more than 0 and at most 1")
+
+
+def check_floor(floor: float, confidence: float) -> None:
+  """ConfigError for what is no probability."""
+  require(0 < floor < 1, f"an agreement of {floor:g} must lie between 0 and 1")
+  require(0 < confidence < 1, f"a confidence of {confidence:g} must lie between 0 and 1")
+
+
 def for_floor(seen: Seen, floor: float, confidence: float, grid: Sequence[float] | None = None) -> Solution:
   """One threshold for all exits, as low as can be shown to keep agreement with the model at `floor` or above.
 
@@ -150,10 +164,9 @@ def for_floor(seen: Seen, floor: float, confidence: float, grid: Sequence[float]
   Raises:
     ConfigError: so few rows could not show such an agreement even if all tokens agreed.
   """
-  require(0 < floor < 1, f"an agreement of {floor:g} must lie between 0 and 1")
-  require(0 < confidence < 1, f"a confidence of {confidence:g} must lie between 0 and 1")
+  check_floor(floor, confidence)
   if grid is None:
-    grid = np.linspace(0, 1, 201) if seen.signals.max() <= 1 else np.arange(len(seen.signals)) + 0.5
+    grid = np.arange(len(seen.signals)) + 0.5 if seen.counts else np.linspace(0, 1, 201)
   _, row = np.unique(seen.rows, return_inverse=True)
   size = np.bincount(row)
   require(

@@ -18,6 +18,7 @@ import numpy as np
 from adaptive.config import require
 from adaptive.generation.round_costs import RoundCosts
 
+MOST = 32  # tokens that a round drafts
 _BETTER = 1.03  # another draft or length must promise so much more than the last: each is a program to compile
 
 
@@ -47,7 +48,8 @@ class Fixed:
   tokens: int
 
   def __post_init__(self):
-    require(self.tokens >= 1, f"draft_tokens={self.tokens} must be at least 1")
+    # A round is one program, in which every drafted token has its layers.
+    require(1 <= self.tokens <= MOST, f"draft_tokens={self.tokens} must lie in 1 .. {MOST}")
 
   @property
   def most(self) -> int:

@@ -7,13 +7,15 @@ import jax.numpy as jnp
 
 from adaptive.config import require, require_range
 
+_COLDEST = 1e-30  # below, float32 may make it 0
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
   """How a token is chosen.
 
   Attributes:
-    temperature: logits are divided by it; 0 takes the likeliest token.
+    temperature: logits are divided by it; 0, and what is hardly more, takes the likeliest token.
     top_k: only the k likeliest tokens (of equal ones the first); 0 means all.
     top_p: of those, only the likeliest that together reach this probability (Holtzman et al. 2020); 1 means all.
   """
@@ -24,6 +26,8 @@ class Sampling:
 
   def __post_init__(self):
     require_range(self, "", "temperature top_k", 0)
+    if self.temperature < _COLDEST:
+      object.__setattr__(self, "temperature", 0.0)
     require(0 < self.top_p <= 1, f"top_p={self.top_p} must be more than 0 and at most 1")
 
 

@@ -107,7 +107,9 @@ def decoder(model: nn.Module, params: Params, submodel: SubModel) -> Decoder:
     return Decoder(*decoding.dense(found[0], {**found[1], "layers": params["layers"]}, exits.layers[: rule.depth]))
   if found is not None:
     return Decoder(*decoding.dense(*found))
-  if exits.how.kv in parts.FULL_KEYS:
+  if exits.how.kv in parts.FULL_KEYS and parts.fixed(rule):  # all leave together: there are no keys to be had
+    exits = exits._replace(how=dataclasses.replace(exits.how, kv="project"))
+  elif exits.how.kv in parts.FULL_KEYS:
     again, wait = exits.how.kv == "recompute", exits.how.wait
     return Decoder(*lazy.decoder(exits, params, rule, wait, again), cycle=wait + 1)
   return Decoder(*climb.decoder(parts.up_to(exits, rule), params, rule))

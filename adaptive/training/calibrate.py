@@ -1,11 +1,12 @@
 """What `calibrate.py` does: thresholds of early exits for budgets and for floors of quality."""
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 import jax
 
-from adaptive.config import require
+from adaptive.config import ConfigError, require
 from adaptive.data import validation_batches
 from adaptive.evaluation import calibration, thresholds
 from adaptive.training.run import load_params, load_run
@@ -21,6 +22,13 @@ class Goals:
   agreements: tuple[float, ...]
   confidence: float
 
+  def check(self) -> None:
+    """ConfigError for what can be no goal."""
+    for budget in self.budgets:
+      thresholds.check_budget(budget)
+    for agreement in self.agreements:
+      thresholds.check_floor(agreement, self.confidence)
+
 
 def calibrate(workdir: str, step: int | None, goals: Goals, changes: Sequence[str], rows: int | None) -> None:
   """Prints thresholds for every goal, and how to evaluate them.
@@ -29,11 +37,13 @@ def calibrate(workdir: str, step: int | None, goals: Goals, changes: Sequence[st
     ConfigError: the run has no exits, too little held-out text, or a goal cannot be.
   """
   require(jax.process_count() == 1, "calibrate.py runs in one process")
+  goals.check()
+  require(rows is None or rows >= 1, f"rows={rows} must be at least 1")
   run = load_run(workdir, changes)
   exits = getattr(run.model, "exits", None)
   require(exits is not None and len(exits.depths) > 1, f"{workdir}: the run's method has no early exits to calibrate")
   settings = run.experiment.evaluation
-  rows, skipped = rows or settings.rows, -(-settings.rows // settings.batch_size)
+  rows, skipped = settings.rows if rows is None else rows, -(-settings.rows // settings.batch_size)
   batches = list(
     validation_batches(run.dataset.validation, skipped * settings.batch_size + rows, settings.batch_size, run.mesh)
   )
@@ -46,15 +56,28 @@ def calibrate(workdir: str, step: int | None, goals: Goals, changes: Sequence[st
     f"{len(seen.rows):,} tokens that evaluations do not use"
   )
   print(f"{'goal':36} {'FLOPs':>6} {'agreement':>10}  thresholds")
-  found = [(f"budget {b:g}", thresholds.for_budget(seen, b)) for b in goals.budgets]
   sure = f" with confidence {goals.confidence:g}"
-  found += [(f"agreement {a:g}{sure}", thresholds.for_floor(seen, a, goals.confidence)) for a in goals.agreements]
-  for goal, solution in found:
-    print(f"{goal:36} {solution.share:6.3f} {solution.agreement:10.4f}  {_text(solution.thresholds)}")
-  every = [value for _, solution in found for value in solution.thresholds]
+  wanted = [(f"budget {b:g}", functools.partial(thresholds.for_budget, seen, b)) for b in goals.budgets]
+  wanted += [
+    (f"agreement {a:g}{sure}", functools.partial(thresholds.for_floor, seen, a, goals.confidence))
+    for a in goals.agreements
+  ]
+  every = [value for goal, solve in wanted for value in _solved(goal, solve)]
+  require(bool(every), "no goal can be met")
   kept = [change for change in changes if not change.startswith("method.exit.per_exit=")]
   settings = [f"--set='{change}'" for change in (*kept, f"method.exit.per_exit=({_text(every)},)")]
   print(f"\nto evaluate them:\n  python eval.py --workdir={workdir} --step={step} {' '.join(settings)}")
+
+
+def _solved(goal: str, solve: Callable[[], thresholds.Solution]) -> tuple[float, ...]:
+  """Prints a goal's line, and returns its thresholds; none where it cannot be met."""
+  try:
+    solution = solve()
+  except ConfigError as error:
+    print(f"{goal:36} {error}")
+    return ()
+  print(f"{goal:36} {solution.share:6.3f} {solution.agreement:10.4f}  {_text(solution.thresholds)}")
+  return solution.thresholds
 
 
 def _text(values: Sequence[float]) -> str:

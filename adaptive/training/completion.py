@@ -90,7 +90,7 @@ def complete(workdir: str, request: Request) -> None:
   sampled = dict(vocab_size=tokenizer.vocab_size, sampling=request.sampling, stop_tokens=stop_tokens)
   if request.slots:
     ticker = plan.method.ticker(plan.model, params, submodel)
-    require(ticker is not None, "every token of this run's method takes the same path: leave out --slots")
+    require(ticker is not None, "this run's method has no depth-wise batching: leave out --slots")
     del params  # the ticker has its own, and so has a decoder
     slots = min(request.slots, len(prompts))
     generator = depthwise.DepthwiseGenerator(ticker, slots=slots, **sampled)

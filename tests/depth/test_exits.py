@@ -181,6 +181,8 @@ def test_a_hole_writes_no_keys():
     (dict(exits=(1, 3), exit=Exiting(per_exit=(0.5,))), "no multiple of 2 early exits"),
     (dict(exits=(1, 3), exit=Exiting(decay=1.5)), "exit.decay"),
     (dict(exits=(1, 3), exit=Exiting(wait=0)), "exit.wait"),
+    (dict(exits=(1, 3), exit=Exiting(wait=10**9)), "exit.wait=1000000000 must be at least 1 and at most 1024"),
+    (dict(exits=(4,), heads="own", heads_only=True), r"method.exits=\(4,\) has no head of its own"),
     (dict(exits=(1, 3), exit=Exiting(decay_length=0)), "exit.decay_length=0 must be more than 0"),
     (dict(exits=(1, 3), exit=Exiting(decay_rate=-4.0)), "exit.decay_rate=-4.0 must be at least 0"),
     (dict(exits=(1, 3), exit=Exiting(decay_rate=math.nan)), "exit.decay_rate=nan must be at least 0"),

@@ -117,3 +117,33 @@ def test_counts_of_patience_have_thresholds_between_them():
   found = thresholds.for_floor(dataclasses.replace(seen, signals=counts.astype(float)), 0.7, 0.8)
   assert found.thresholds[0] % 1 == 0.5
   assert found.share < 1
+
+
+def test_a_floor_is_tried_on_the_same_thresholds_whatever_decay_divides_signals_by():
+  """Signals that were divided may be above 1; only those that count exits have a grid of halves."""
+  seen = calibrated()
+  divided = dataclasses.replace(seen, signals=seen.signals / 0.9)
+  assert thresholds.for_floor(seen, 0.9, 0.9).share < 0.9
+  assert thresholds.for_floor(divided, 0.9, 0.9).share < 0.9
+  counts = dataclasses.replace(seen, signals=np.round(3 * seen.signals), counts=True)
+  assert thresholds.for_floor(counts, 0.75, 0.9).thresholds[0] % 1 == 0.5
+
+
+def test_tokens_that_may_not_leave_are_never_ranked():
+  seen = calibrated()
+  signals = seen.signals.copy()
+  signals[:, ::4] = -np.inf
+  seen = dataclasses.replace(seen, signals=signals)
+  plan = thresholds.for_shares(seen, np.array([1.0, 0.0, 0.0]))
+  assert plan[0] > 0, "no threshold is below what was measured"
+  assert set(thresholds.where_left(seen, plan)[::4]) == {3}
+  assert set(thresholds.where_left(seen, plan)[1::4]) == {0}
+  found = thresholds.for_budget(seen, 0.55)
+  assert np.isfinite(found.thresholds[0])
+  assert found.thresholds[0] > 0
+
+
+@pytest.mark.parametrize("budget", [0.0, -1.0, 1.5, float("nan")])
+def test_what_is_no_share_is_no_budget(budget):
+  with pytest.raises(ConfigError, match="must be more than 0 and at most 1"):
+    thresholds.check_budget(budget)

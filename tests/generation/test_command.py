@@ -115,3 +115,11 @@ def test_text_comes_while_the_program_runs_and_ctrl_c_ends_it(place, made):
   assert err == "interrupted\n"
   assert len(first) == 20
   assert out.endswith("\n")
+
+
+def test_who_reads_no_further_ends_it_quietly(place, made):
+  with place.started("generate.py", f"--workdir={made[0]}", "--max_new_tokens=40", "--prompt=the ") as process:
+    assert process.stdout.read(1) == "t"
+    process.stdout.close()
+    assert process.wait(timeout=200) == 141
+    assert "Traceback" not in process.stderr.read()

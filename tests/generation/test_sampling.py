@@ -87,8 +87,11 @@ def test_top_k_keeps_k_even_of_equal_ones():
 
 def test_a_tiny_temperature_is_greedy_and_not_nan():
   logits = jnp.asarray(LOGITS * 1e4)
-  tokens, _ = sample(logits, keys(range(ROWS)), Sampling(temperature=1e-38))
-  np.testing.assert_array_equal(tokens, LOGITS.argmax(axis=-1))
+  for temperature, top_k in ((1e-38, 0), (1e-38, 2), (1e-46, 2), (1e-29, 2)):
+    tokens, _ = sample(logits, keys(range(ROWS)), Sampling(temperature, top_k))
+    np.testing.assert_array_equal(tokens, LOGITS.argmax(axis=-1))
+  probs = sampling.probabilities(logits, Sampling(1e-29, 2))
+  np.testing.assert_array_equal(probs, np.eye(VOCAB)[LOGITS.argmax(axis=-1)])
 
 
 def test_log_probabilities_are_the_model_s_own():

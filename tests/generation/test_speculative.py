@@ -359,5 +359,6 @@ def test_drafts_that_cannot_be_are_refused():
   method, model, params = family("recursive")
   with pytest.raises(ConfigError, match="layers of their own"):
     SpeculativeGenerator(method.ladder(model, params, None), VOCAB, Chooser((1,), 4), GREEDY)
-  with pytest.raises(ConfigError, match="at least 1"):
-    Fixed(0, 0)
+  for tokens in (0, 33):
+    with pytest.raises(ConfigError, match=rf"draft_tokens={tokens} must lie in 1 .. 32"):
+      Fixed(0, tokens)

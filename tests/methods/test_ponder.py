@@ -332,6 +332,19 @@ def test_costs_count_the_passes_that_were_made_and_the_units_that_were_asked():
   assert mean == pytest.approx(5 * layer + head + 2 * CONFIG.d_model)
 
 
+def test_fewer_passes_run_no_more_where_keys_are_the_full_model_s():
+  """Two of four: the decoder under `exact` runs what the dial says and the cost counts."""
+  model, params, _ = built("act", "exact")
+  submodel = next(s for s in METHOD.submodels(model) if s.name == "recursions=2")
+  tokens = np.asarray(tiny.one_document(CONFIG, rows=1, length=9)["inputs"])
+  decoder, layers = METHOD.decoder(model, params, submodel), 0.0
+  cache, step = decoder.empty_cache(1, 16), jax.jit(decoder.step)
+  for i in range(9):
+    _, cache, metrics = step(decoder.params, tokens[:, i : i + 1], jnp.ones(1, jnp.int32), cache)
+    layers += float(metrics["layers"][0])
+  assert layers == 9 * (PRELUDE + 2 * BLOCK)
+
+
 def test_it_begins_with_the_layers_of_a_dense_model():
   model, params, _ = built()
   source = tiny.random_params(CONFIG, seed=1)
@@ -352,7 +365,8 @@ def test_it_begins_with_the_layers_of_a_dense_model():
     (dict(kl_weight=-1.0), "method.kl_weight"),
     (dict(halting="act", exit=Exiting()), "method.exit.signal='max_probability'"),
     (dict(halting="act", exit=Exiting(signal="learned", depths=(3,))), r"method.exit.depths=\(3,\)"),
-    (dict(prelude=1, exit=Exiting(signal="learned", depths=(4,))), r"no exit was trained at \[4\]"),
+    (dict(prelude=1, exit=Exiting(signal="learned", depths=(3,))), r"method.exit.depths=\(3,\): .* adds up over every"),
+    (dict(prelude=1, exit=Exiting(depths=(4,))), r"no exit was trained at \[4\]"),
   ],
 )
 def test_settings_that_cannot_work_are_named(settings, message):

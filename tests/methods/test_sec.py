@@ -95,10 +95,18 @@ def test_thresholds_of_one_are_the_plain_model_even_where_the_controller_is_cert
 
 
 def test_the_first_token_of_a_document_never_exits_nor_stops():
-  """Of tokens alike, where the rest exits, or stops, at the first exit."""
+  """Of tokens alike, where the rest exits, or stops, at the first exit; whatever says so, and below every threshold."""
   first = np.asarray(BATCH["positions"]) == 0
-  for stop, threshold in ((1.0, 0.0), (0.0, 1.0)):
+  for stop, threshold, signal in (
+    (1.0, 0.0, "learned"),
+    (0.0, 1.0, "learned"),
+    (1.0, -2.0, "learned"),
+    (1.0, -1.0, "random"),
+  ):
     model, params = built(stop=stop, limits=(threshold,))
+    model = model.clone(
+      method=dataclasses.replace(model.method, exit=dataclasses.replace(model.method.exit, signal=signal))
+    )
     found = METHOD.forward(model, params, BATCH, index_of(model, threshold))
     full = METHOD.forward(model, params, BATCH, len(METHOD.submodels(model)) - 1).logits
     starts = np.sum(first & REAL)

@@ -132,6 +132,30 @@ def test_what_is_printed_can_be_evaluated(workdir, capsys):
   assert "confidence 0.6" in text
 
 
+def test_a_goal_that_cannot_be_met_takes_no_other_with_it(workdir, capsys):
+  calibrate.calibrate(str(workdir), None, Goals((0.001, 0.9), (), 0.9), [], None)
+  text = capsys.readouterr().out
+  assert "cannot be met" in text
+  assert "budget 0.9" in text
+  assert "per_exit=" in text
+  with pytest.raises(ConfigError, match="no goal can be met"):
+    calibrate.calibrate(str(workdir), None, Goals((0.001,), (), 0.9), [], None)
+
+
+@pytest.mark.parametrize(
+  ("goals", "rows", "message"),
+  [
+    (Goals((1.5,), (), 0.9), None, "a budget of 1.5"),
+    (Goals((), (1.0,), 0.9), None, "an agreement of 1 must"),
+    (Goals((), (0.9,), 1.0), None, "a confidence of 1 must"),
+    (Goals((0.5,), (), 0.9), 0, "rows=0 must be at least 1"),
+  ],
+)
+def test_goals_that_cannot_be_are_refused_before_anything_is_read(goals, rows, message):
+  with pytest.raises(ConfigError, match=message):
+    calibrate.calibrate("/nothing/here", None, goals, [], rows)
+
+
 def test_what_is_printed_is_exact():
   """Through the text, float32 and a compiled comparison."""
   signals = np.array([0.1, 0.999999, 0.0, 1e-38, 1e-45, 3.0], np.float32)

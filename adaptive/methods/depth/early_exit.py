@@ -85,6 +85,7 @@ class EarlyExit(heads.ExitModel):
 
 def build(model_config: ModelConfig, config: Config) -> EarlyExit:
   model = heads.check(EarlyExit(model_config, method=config))
+  require(not config.heads_only or model.own_heads, f"method.exits={config.exits} has no head of its own to be trained")
   given = config.listed_weights
   require(
     not given or (len(given) == len(model.trained) and all(0 <= x < math.inf for x in given) and given[-1] > 0),

@@ -80,10 +80,12 @@ class Config:
     for name in ("initial_halting", "prior", "epsilon"):
       value = getattr(self, name)
       require(0 < value < 1, f"method.{name}={value} must lie between 0 and 1")
-    if self.halting == "act":
-      signal, depths = self.exit.signal, self.exit.depths
-      require(signal == "learned", f"method.exit.signal={signal!r}: the head of method.halting='act' reads its means")
-      require(not depths, f"method.exit.depths={depths}: method.halting='act' weighs every pass")
+    signal, depths = self.exit.signal, self.exit.depths
+    require(
+      self.halting != "act" or signal == "learned",
+      f"method.exit.signal={signal!r}: the head of method.halting='act' reads its means",
+    )
+    require(signal != "learned" or not depths, f"method.exit.depths={depths}: what is learned adds up over every pass")
 
 
 class HaltingUnit(nn.Module):

@@ -68,8 +68,9 @@ class Config:
 
   def __post_init__(self):
     require_range(self, "method.", "core num_recursions backprop", 1)
-    require_range(self, "method.", "prelude sigma state_std", 0)
-    require_range(self, "method.", "mean_recursions", 0, above=True)
+    require_range(self, "method.", "prelude state_std", 0)
+    require_range(self, "method.", "mean_recursions", 0, 1e6, above=True)
+    require_range(self, "method.", "sigma", 0, 10)
     require(
       not self.exit.depths, f"method.exit.depths={self.exit.depths}: here a token may leave after every pass, or none"
     )

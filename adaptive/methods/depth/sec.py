@@ -95,13 +95,8 @@ class Sec(heads.ExitModel):
 
   @property
   def learned(self):
-    """The probability of exit; less than any of the first token of a document."""
-
-    def signal(params: Params, which: int) -> Signal:
-      value = lambda seen: jnp.where(seen.positions > 0, actions(params, seen.x)[..., EXIT], -1.0)
-      return Signal(value, False)
-
-    return signal
+    """The probability of exit."""
+    return lambda params, which: Signal(lambda seen: actions(params, seen.x)[..., EXIT], False)
 
   @property
   def exits(self) -> exiting.Exits:
@@ -111,6 +106,7 @@ class Sec(heads.ExitModel):
       added_params=size,
       learned_flops=2.0 * size,
       kept=("controller",),
+      first_stays=True,
       ends=exiting.Ends(stops, how.stop_token) if how.stop_threshold < 1 else None,
     )
 
