@@ -1,7 +1,7 @@
 """Tasks of lm-evaluation-harness on any sub-model of a run, or on a published model; in process, without torch.
 
-python harness.py --model=models/SmolLM2-135M-Instruct --include=tasks --tasks=arithmetic
-python harness.py --workdir=runs/early_exit --submodel=threshold=0.7 --include=tasks --tasks=arithmetic --limit=100
+python harness.py --model=models/SmolLM2-135M-Instruct --include=tasks --tasks=nested_arithmetic
+python harness.py --workdir=runs/early_exit --submodel=threshold=0.7 --include=tasks --tasks=nested_arithmetic
 """
 
 from absl import flags
@@ -31,7 +31,7 @@ def main(argv: list[str]) -> None:
   if bool(_WORKDIR.value) == bool(_MODEL.value):
     cli.fail("name one of --workdir, such as --workdir=runs/demo, and --model, a published model's folder")
   if not _TASKS.value:
-    cli.fail("--tasks is missing, such as --include=tasks --tasks=arithmetic")
+    cli.fail("--tasks is missing, such as --include=tasks --tasks=nested_arithmetic")
 
   from adaptive.pretrained import hub
   from adaptive.training import harness_run

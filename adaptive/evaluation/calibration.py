@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from adaptive.backbone.transformer import Batch, Params
-from adaptive.config import require
 from adaptive.depth import climb, exit_costs
 from adaptive.depth import exits as exiting
 from adaptive.depth import walk as walking
@@ -28,12 +27,6 @@ def collect(exits: Exits, params: Params, batches: Sequence[Batch], seq_len: int
     number += len(real)
   signal, right = (np.concatenate(parts, axis=1) for parts in zip(*found))
   flops = flops_where_left(exits, seq_len, np.concatenate(segments))
-  least = signal[np.isfinite(signal)].min(initial=0.0)
-  require(
-    not exits.how.decay or least >= 0,
-    f"method.exit.decay={exits.how.decay} would raise negative thresholds, and method.exit.signal={exits.how.signal!r} "
-    f"is {least:.3g} of some tokens: calibrate without decay",
-  )
   return Seen(
     signal, right, np.concatenate(rows), flops, full_flops(exits, seq_len), counts=exits.how.signal == "patience"
   )

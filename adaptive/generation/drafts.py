@@ -18,6 +18,9 @@ import numpy as np
 from adaptive.config import require
 from adaptive.generation.round_costs import RoundCosts
 
+_CONTENDERS = (
+  4  # pairs that are timed because they seem best: what all cost is inferred, and machines are not that even
+)
 MOST = 32  # tokens that a round drafts
 _BETTER = 1.03  # another draft or length must promise so much more than the last: each is a program to compile
 
@@ -95,7 +98,7 @@ class Chooser:
     self,
     layers: Sequence[int],
     full: int,
-    lengths: Sequence[int] = (0, 1, 2, 3, 4, 6, 8, 12, 16),
+    lengths: Sequence[int] = (0, 1, 2, 3, 4, 6, 8, 10, 12, 16),
     overhead: float = 1.0,
     decay: float = 0.95,
     looks: tuple[int, int] = (4, 32),
@@ -105,8 +108,9 @@ class Chooser:
     self._lengths, self._decay, self._looks, self._measured = np.array(lengths), decay, looks, measured
     self._costs = RoundCosts(layers, full, lengths, overhead)
     self._short = self._lengths[None] * np.array(layers)[:, None] <= 2 * full
+    self._refined = False
     self._start_looking()
-    self._agreed, self._seen = np.zeros((2, len(layers)))
+    self._forget()
 
   @property
   def most(self) -> int:
@@ -114,17 +118,34 @@ class Chooser:
 
   @property
   def drafts(self) -> tuple[int, ...]:
-    return tuple(range(len(self._seen)))
+    return tuple(range(len(self._agreed)))
 
   @property
   def rates(self) -> np.ndarray:
-    """How often each draft's token is the model's, [e]; a half where nothing is known."""
+    """How often each draft's token is the model's, [e]; a half where nothing is known.
+
+    How drafts compare is what they did where all were looked at. That may be long ago, in text that was easier or
+    harder: the odds of all are moved by as much as those of the drafts that were taken since.
+    """
+    joint = self._joint
+    accepted, expected, number = self._taken
+    odds = lambda share: share / (1 - share)
+    moved = odds((accepted + 0.5) / (number + 1)) / odds((expected + 0.5) / (number + 1))
+    return moved * odds(joint) / (1 + moved * odds(joint))
+
+  @property
+  def _joint(self) -> np.ndarray:
+    """How often each draft was right where all were looked at, [e]."""
     return (self._agreed + 0.5) / (self._seen + 1.0)
+
+  def _forget(self) -> None:
+    self._agreed, self._seen = np.zeros(self._short.shape[0]), 0.0
+    self._taken = np.zeros(3)  # of drafts that were taken: tokens accepted, to be expected, and looked at
 
   def begin(self) -> None:
     """New prompts. What earlier ones showed must not change what is sampled; where nothing is sampled, it helps."""
     if not self._measured:
-      self._agreed, self._seen = np.zeros((2, len(self._seen)))
+      self._forget()
       self._start_looking()
 
   def _start_looking(self) -> None:
@@ -132,7 +153,7 @@ class Chooser:
 
   def choose(self) -> Choice:
     """The next round's."""
-    probe = self._costs.probe() if self._measured else None
+    probe = self._probe() if self._measured else None
     if probe is not None:
       return self._choice(*probe)._replace(timed=True)
     best = self._best()
@@ -144,15 +165,28 @@ class Chooser:
     self._wait = self._left = min(2 * self._wait, self._looks[1])
     return self._choice(*best)._replace(look=True)
 
+  def _probe(self) -> tuple[int, int] | None:
+    """A pair to be timed: first some that tell about all, then those that seem best and were not timed yet."""
+    if (pair := self._costs.probe()) is None and not self._refined:
+      self._refined, gain = True, self._gain()
+      order = [tuple(map(int, np.unravel_index(i, gain.shape))) for i in np.argsort(-gain, axis=None)]
+      self._costs.try_out([pair for pair in order[:_CONTENDERS] if pair not in self._costs.timed])
+      pair = self._costs.probe()
+    return pair
+
   def _choice(self, draft: int, length: int) -> Choice:
     return Choice(int(draft), int(self._lengths[length]))
 
   def _best(self) -> tuple[int, int]:
     """Draft and length, as indices."""
-    gain = expected_tokens(self.rates[:, None], self._lengths[None]) / self._costs.table * self._short
+    gain = self._gain()
     best = tuple(map(int, np.unravel_index(np.argmax(gain), gain.shape)))
     stay = self._last is not None and gain[best] < _BETTER * gain[self._last]
     return self._last if stay else best
+
+  def _gain(self) -> np.ndarray:
+    """Tokens for their cost, [e, l]; 0 for pairs that are never taken."""
+    return expected_tokens(self.rates[:, None], self._lengths[None]) / self._costs.table * self._short
 
   def time(self, taken: Choice, seconds: float) -> None:
     """What a round took that was to be timed."""
@@ -166,13 +200,12 @@ class Chooser:
       taken: of the round; None for prompts.
     """
     if "agrees" in metrics:
-      self._count(slice(None), *metrics["agrees"])
-    elif taken.tokens:
-      self._count(taken.draft, *metrics["right"])
-
-  def _count(self, which: int | slice, agreed, seen) -> None:
-    self._agreed[which] = self._decay * self._agreed[which] + agreed
-    self._seen[which] = self._decay * self._seen[which] + seen
+      agreed, seen = metrics["agrees"]
+      self._agreed, self._seen = self._decay * self._agreed + agreed, self._decay * self._seen + seen
+    if taken is not None and taken.tokens:
+      accepted, seen = metrics["right"]
+      expected = self._joint[taken.draft] * seen
+      self._taken = self._decay * self._taken + np.array([accepted, expected, seen], np.float64)
 
 
 def expected_tokens(rate: np.ndarray, tokens: np.ndarray) -> np.ndarray:

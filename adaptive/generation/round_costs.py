@@ -5,13 +5,12 @@ accelerator that is nearly so. On a CPU it is not, and nowhere is a drafted toke
 tell what a layer costs for a token that is drafted, for a pass that checks, and for every token in that pass.
 """
 
-import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from scipy.optimize import nnls
 
-_PROBES = 6  # rounds of each pair that is tried; the quickest counts, since a slow one is somebody else's
+_PROBES = 3  # times that each pair is tried; the quickest counts, since a slow one is somebody else's
 
 
 class RoundCosts:
@@ -30,11 +29,27 @@ class RoundCosts:
     self._parts = np.stack([(tokens + 1) * below, tokens + 0 * below, above, above * (tokens + 1)], axis=-1)
     self._seconds: dict[tuple[int, int], float] = {}
     shape = self._counted.shape
-    # No draft; then the cheapest and a middling one, short and long: what a round costs is a sum of four parts.
-    pairs = ((0, 0), *itertools.product((0, shape[0] // 2), (min(1, shape[1] - 1), shape[1] // 2)))
-    # In turns, since a machine's speed may change meanwhile. In the first turn programs run in cold memory.
-    self._untried = list(dict.fromkeys(pairs)) * _PROBES
-    self._cold = set(self._untried)
+    # No draft; a middling one, short; and it, the cheapest and the dearest as long as the model's layers take. What a
+    # round costs is a sum of four parts.
+    fits, middle = (tokens * below <= full) | (tokens == tokens.min()), shape[0] // 2
+    long = [(draft, int(np.flatnonzero(fits[draft])[-1])) for draft in (0, middle, shape[0] - 1)]
+    pairs = dict.fromkeys(((0, 0), (middle, 0 if long[1][1] == 1 else min(1, shape[1] - 1)), *long))
+    self._untried: list[tuple[int, int]] = []
+    self._before: tuple[int, int] | None = None
+    self.try_out(pairs)
+
+  @property
+  def timed(self) -> set[tuple[int, int]]:
+    """Pairs whose own seconds are known."""
+    return set(self._seconds)
+
+  def try_out(self, pairs: Iterable[tuple[int, int]]) -> None:
+    """Has these pairs timed, in turns, since a machine's speed may change meanwhile.
+
+    Each comes twice in a row, for a program that follows another begins in cold memory, and only one that follows
+    itself takes as long as it will.
+    """
+    self._untried += [pair for pair in pairs for _ in range(2)] * _PROBES
 
   def probe(self) -> tuple[int, int] | None:
     """A draft and a length, both as indices, to take next for the sake of its seconds; None when enough is known."""
@@ -42,9 +57,8 @@ class RoundCosts:
 
   def observe(self, draft: int, length: int, seconds: float) -> None:
     """What a round of this pair, both as indices, took by itself, with nothing before it still under way."""
-    if (draft, length) in self._cold:
-      self._cold.remove((draft, length))
-    else:
+    warm, self._before = self._before == (draft, length), (draft, length)
+    if warm:
       self._seconds[draft, length] = min(seconds, self._seconds.get((draft, length), seconds))
 
   @property

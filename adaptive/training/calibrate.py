@@ -8,6 +8,7 @@ import jax
 
 from adaptive.config import ConfigError, require
 from adaptive.data import validation_batches
+from adaptive.depth.exits import Exiting
 from adaptive.evaluation import calibration, thresholds
 from adaptive.training.run import load_params, load_run
 
@@ -62,17 +63,21 @@ def calibrate(workdir: str, step: int | None, goals: Goals, changes: Sequence[st
     (f"agreement {a:g}{sure}", functools.partial(thresholds.for_floor, seen, a, goals.confidence))
     for a in goals.agreements
   ]
-  every = [value for goal, solve in wanted for value in _solved(goal, solve)]
+  every = [value for goal, solve in wanted for value in _solved(goal, solve, exits.how)]
   require(bool(every), "no goal can be met")
   kept = [change for change in changes if not change.startswith("method.exit.per_exit=")]
   settings = [f"--set='{change}'" for change in (*kept, f"method.exit.per_exit=({_text(every)},)")]
   print(f"\nto evaluate them:\n  python eval.py --workdir={workdir} --step={step} {' '.join(settings)}")
 
 
-def _solved(goal: str, solve: Callable[[], thresholds.Solution]) -> tuple[float, ...]:
+def _solved(goal: str, solve: Callable[[], thresholds.Solution], how: Exiting) -> tuple[float, ...]:
   """Prints a goal's line, and returns its thresholds; none where it cannot be met."""
   try:
     solution = solve()
+    require(
+      not how.decay or min(solution.thresholds) > -1e-9,
+      f"needs the threshold {min(solution.thresholds):.3g}, which method.exit.decay={how.decay} would raise",
+    )
   except ConfigError as error:
     print(f"{goal:36} {error}")
     return ()

@@ -5,7 +5,7 @@ import functools
 import json
 import logging
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -55,7 +55,6 @@ def evaluate(workdir: str, request: Request) -> None:
   try:
     import lm_eval
     from lm_eval.tasks import TaskManager
-    from lm_eval.utils import make_table
 
     from adaptive.evaluation.harness import AdaptiveLM
   except ImportError as error:
@@ -105,9 +104,24 @@ def evaluate(workdir: str, request: Request) -> None:
   )
   mode = "log-likelihoods by one forward pass, continuations by cached decoding, both of this sub-model"
   changes = f"; {', '.join(request.changes)}" if request.changes else ""
-  print(f"{label}{changes}\n{mode}\n{make_table(found)}")
+  print(f"{label}{changes}\n{mode}\n" + "\n".join(_table(found)))
   if request.output:
     _write(found, label, request.output)
+
+
+def _table(found: Mapping[str, Any]) -> Iterator[str]:
+  """A line for every task and metric, with its standard error."""
+  yield f"{'task':24} {'documents':>9} {'examples':>8}  {'metric':16} {'value':>8} {'error':>8}"
+  for task, results in found["results"].items():
+    documents = found.get("n-samples", {}).get(task, {}).get("effective", "")
+    for name, value in results.items():
+      metric, _, kind = name.partition(",")
+      if not kind or metric.endswith("_stderr") or not isinstance(value, (int, float)):
+        continue
+      error = results.get(f"{metric}_stderr,{kind}")
+      error = f"{error:8.4f}" if isinstance(error, (int, float)) else f"{'':8}"
+      label = metric if kind == "none" else f"{metric} {kind}"
+      yield f"{task:24} {documents:>9} {found['n-shot'].get(task, 0):>8}  {label:16} {value:8.4f} {error}"
 
 
 def _write(found: Mapping[str, Any], label: str, output: str) -> None:

@@ -60,7 +60,7 @@ def test_a_budget_is_kept_and_more_buys_more_agreement():
 def test_an_impossible_budget_is_refused():
   with pytest.raises(ConfigError, match=r"a budget of 0\.2 .* the cheapest thresholds found cost 0\.3"):
     thresholds.for_budget(calibrated(rows=4), 0.2)
-  with pytest.raises(ConfigError, match=r"a budget of 1\.1 .* is more than the full model's"):
+  with pytest.raises(ConfigError, match=r"a budget of 1\.1 .* must be more than 0 and at most 1"):
     thresholds.for_budget(calibrated(rows=4), 1.1)
 
 
@@ -114,7 +114,7 @@ def test_a_first_exit_that_is_never_sure_leaves_every_budget_a_solution(budget):
 def test_counts_of_patience_have_thresholds_between_them():
   seen = calibrated(rows=200)
   counts = np.cumsum(seen.signals > 0.6, axis=0)
-  found = thresholds.for_floor(dataclasses.replace(seen, signals=counts.astype(float)), 0.7, 0.8)
+  found = thresholds.for_floor(dataclasses.replace(seen, signals=counts.astype(float), counts=True), 0.7, 0.8)
   assert found.thresholds[0] % 1 == 0.5
   assert found.share < 1
 
@@ -135,12 +135,11 @@ def test_tokens_that_may_not_leave_are_never_ranked():
   signals[:, ::4] = -np.inf
   seen = dataclasses.replace(seen, signals=signals)
   plan = thresholds.for_shares(seen, np.array([1.0, 0.0, 0.0]))
-  assert plan[0] > 0, "no threshold is below what was measured"
+  assert -1e-20 < plan[0] < 0, "just below the least that was measured"
   assert set(thresholds.where_left(seen, plan)[::4]) == {3}
   assert set(thresholds.where_left(seen, plan)[1::4]) == {0}
   found = thresholds.for_budget(seen, 0.55)
-  assert np.isfinite(found.thresholds[0])
-  assert found.thresholds[0] > 0
+  assert min(found.thresholds) > -1e-20
 
 
 @pytest.mark.parametrize("budget", [0.0, -1.0, 1.5, float("nan")])

@@ -197,7 +197,6 @@ def test_costs_count_the_gates_that_were_asked_and_the_parameters_that_a_sub_mod
     (dict(exits=(1,), cost_weight=-0.1), "method.cost_weight=-0.1 must be at least 0"),
     (dict(exits=(1,), gate_rate=0.0), "method.gate_rate=0.0 must be more than 0"),
     (dict(exits=(1, 3), exit=Exiting(depths=(2,))), r"no exit was trained at \[2\]"),
-    (dict(exits=(1, 3), exit=Exiting(signal="learned", depths=(3,))), r"method.exit.depths=\(3,\): a gate's"),
   ],
 )
 def test_settings_that_cannot_work_are_named(settings, message):

@@ -142,6 +142,14 @@ def test_a_goal_that_cannot_be_met_takes_no_other_with_it(workdir, capsys):
     calibrate.calibrate(str(workdir), None, Goals((0.001,), (), 0.9), [], None)
 
 
+def test_a_plan_that_decay_would_turn_around_is_no_plan(workdir, capsys):
+  """Saturation is negative where the stream moves; under decay no threshold may be."""
+  settings = ["method.exit.signal=saturation", "method.exit.decay=0.1"]
+  with pytest.raises(ConfigError, match="no goal can be met"):
+    calibrate.calibrate(str(workdir), None, Goals((0.9,), (), 0.9), [*settings, "method.exit.thresholds=(0.5,)"], None)
+  assert re.search(r"needs the threshold -.* decay=0.1 would raise", capsys.readouterr().out)
+
+
 @pytest.mark.parametrize(
   ("goals", "rows", "message"),
   [

@@ -132,10 +132,6 @@ class JeiDnn(heads.ExitModel):
 
 def build(model_config: ModelConfig, config: Config) -> JeiDnn:
   model = heads.check(JeiDnn(model_config, method=config))
-  require(
-    config.exit.signal != "learned" or not config.exit.depths,
-    f"method.exit.depths={config.exit.depths}: a gate's probability is that of leaving at no exit before it",
-  )
   require(len(model.trained) > 1, f"method.exits={config.exits} has no exit before the model's own: there is no gate")
   return model
 

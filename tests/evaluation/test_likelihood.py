@@ -1,0 +1,73 @@
+"""Scores of continuations: against sums of log-probabilities taken one by one, and how texts are cut into pieces."""
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from adaptive import sharding
+from adaptive.config import MeshConfig
+from adaptive.evaluation.likelihood import Piece, Score, Scorer, continuation
+from adaptive.methods import METHODS
+
+CONFIG, METHOD = tiny.model_config(), METHODS["early_exit"]
+MODEL = METHOD.build(CONFIG, METHOD.Config(exits=(1, 3)))
+PARAMS = tiny.random_params(MODEL)
+
+
+def slow(tokens, given, index):
+  """Log-probability of each scored token from a row of its own."""
+  tokens = np.array(tokens, np.int32)[None]
+  positions = np.arange(tokens.shape[1], dtype=np.int32)[None]
+  batch = {"inputs": tokens, "segment_ids": np.ones_like(tokens), "positions": positions}
+  logits = np.asarray(METHOD.forward(MODEL, PARAMS, batch, index).logits, np.float64)[0]
+  logs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+  scored = range(given, tokens.shape[1])
+  total = sum(logs[i - 1, tokens[0, i]] for i in scored)
+  return total, all(logs[i - 1].argmax() == tokens[0, i] for i in scored)
+
+
+@pytest.mark.parametrize(
+  ("index", "mesh"), [(0, MeshConfig(1, 1, 1)), (3, MeshConfig(1, 1, 1)), (5, MeshConfig(4, 2, 1))]
+)
+def test_scores_are_sums_over_the_tokens_that_are_not_given(index, mesh):
+  devices = jax.devices()[: mesh.data * mesh.fsdp]
+  rng = np.random.default_rng(0)
+  pieces = [
+    Piece(rng.integers(0, 32, size).tolist(), given) for size, given in ((9, 4), (2, 1), (40, 39), (5, 1), (9, 8))
+  ]
+  scorer = Scorer(METHOD, MODEL, PARAMS, index, sharding.make_mesh(mesh, devices), rows=3)
+  for piece, score in zip(pieces, scorer(pieces)):
+    total, greedy = slow(*piece, index)
+    assert score.log_prob == pytest.approx(total, rel=1e-5)
+    assert score.greedy == greedy
+
+
+def test_the_likeliest_continuation_is_greedy():
+  scorer = Scorer(METHOD, MODEL, PARAMS, 5, sharding.make_mesh(MeshConfig(), jax.devices()[:1]))
+  tokens = [3, 1, 4]
+  for _ in range(4):
+    best = max(range(32), key=lambda token: slow([*tokens, token], len(tokens), 5)[0])
+    tokens.append(best)
+  assert scorer([Piece(tokens, 3)])[0].greedy
+  assert not scorer([Piece([*tokens[:-1], (tokens[-1] + 1) % 32], 3)])[0].greedy
+  assert scorer([]) == []
+  assert Score._fields == ("log_prob", "greedy")
+
+
+def test_texts_are_cut_where_the_context_s_tokens_end():
+  """A tokenizer of words, each with the blanks before it."""
+  words = {"the": 1, " cat": 2, " sat": 3, "cat": 4, " ": 5}
+
+  def encode(text):
+    found = []
+    while text:
+      word = max((w for w in words if text.startswith(w)), key=len)
+      found.append(words[word])
+      text = text[len(word) :]
+    return found
+
+  assert continuation(encode, (), "the", " cat sat", 10) == Piece([1, 2, 3], 1)
+  assert continuation(encode, (), "the ", "cat sat", 10) == Piece([1, 2, 3], 1), "the blank belongs to the next word"
+  assert continuation(encode, (9,), "", "cat sat", 10) == Piece([9, 4, 3], 1)
+  assert continuation(encode, (9,), "the cat", " sat", 2) == Piece([1, 2, 3], 2), "what is too long loses its beginning"
