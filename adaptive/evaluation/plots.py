@@ -195,12 +195,15 @@ def _cycle(place: int) -> tuple[str, str | tuple]:
 
 
 def _captions(families: Sequence[Family]) -> list[str]:
-  """Label, number of sub-models and hypervolume: of several families in their shared box, so that it ranks them."""
+  """Label, number of sub-models and hypervolume: of several families in their shared box, so that it ranks them.
+
+  Of many, their labels: what more there is to say stands in the table.
+  """
   areas = shared_hypervolumes(families) if len(families) > 1 else [summarise(families[0])["hypervolume"]]
   captions = []
   for family, area in zip(families, areas):
     label = family.label if len(family.label) <= 48 else family.label[:47] + "…"
-    single = len(family.results) == 1
+    single = len(family.results) == 1 or len(families) > MOST
     captions.append(
       label if single else f"{label} · {len(family.results)} sub-models · hypervolume {number(area, '.3f')}"
     )
