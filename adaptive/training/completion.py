@@ -126,7 +126,7 @@ def _prompts(tokenizer: Tokenizer, request: Request, published: Published | None
     prompts = [tokenizer.encode_marked(render(message)).tolist() for message in messages]
     return dataclasses.replace(request, prompts=("",) * len(prompts)), prompts
   except UnicodeEncodeError as error:  # how Python keeps arguments that are not UTF-8
-    raise ConfigError("a prompt is not UTF-8") from error
+    raise ConfigError(f"the prompt {error.object!r} is not UTF-8") from error
 
 
 def _stream(generator: Generator, request: Request, prompts: Sequence[Sequence[int]], texts: list[RowText]) -> Result:

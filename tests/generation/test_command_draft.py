@@ -60,7 +60,7 @@ def test_a_stop_text_and_a_setting_that_is_not_trained_go_with_it(workdirs, caps
     ("early_exit", dict(draft="depth=2"), "is the full model itself"),
     ("early_exit", dict(draft="threshold=0.5"), "only a fixed depth can draft"),
     ("early_exit", dict(draft="deepth=1"), "did you mean depth=1"),
-    ("early_exit", dict(draft="depth=1", draft_tokens=0), "draft_tokens=0 must be at least 1"),
+    ("early_exit", dict(draft="depth=1", draft_tokens=0), "draft_tokens=0 must lie in 1 .. 32"),
     ("early_exit", dict(draft="depth=1", submodel="depth=1"), "leave out --submodel"),
     ("early_exit", dict(draft="depth=1", slots=2), "choose one"),
     ("dense", dict(draft="auto"), "no sub-model of this run can draft"),

@@ -44,7 +44,7 @@ def test_text_is_that_of_batches(tmp_path, capsys):
 
 def test_a_method_whose_tokens_all_take_one_path_has_no_slots(tmp_path):
   workdir = made(tmp_path / "run", "dense")
-  with pytest.raises(ConfigError, match="takes the same path: leave out --slots"):
+  with pytest.raises(ConfigError, match="has no depth-wise batching: leave out --slots"):
     complete(workdir, Request(PROMPTS, Sampling(), max_new_tokens=12, slots=2))
   with pytest.raises(ConfigError, match="slots=-1 must be at least 1"):
     complete(workdir, Request(PROMPTS, Sampling(), slots=-1))
