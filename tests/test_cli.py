@@ -183,7 +183,7 @@ BAD = {  # name: (arguments after the config and the workdir, or the whole comma
   "perplexity: no model": (["perplexity.py", "--text=README.md"], "name one of --workdir, such as --workdir=runs/demo"),
   "perplexity: no text": (["perplexity.py", "--workdir={made}"], "--text is missing, such as --text=README.md"),
   "perplexity: no file": (["perplexity.py", "--workdir={made}", "--text=/no/*.md"], "--text=/no/*.md matches no file"),
-  "perplexity: window": (["perplexity.py", "--workdir={made}", "--text=README.md", "--window=1"], "window=1 and rows=8"),
+  "perplexity: window": (["perplexity.py", "--workdir={made}", "--text=README.md", "--window=1"], "window=1 and rows"),
   "harness: no tasks": (["harness.py", "--workdir={made}"], "--tasks is missing"),
   "eval: form alone": (["eval.py", "--workdir={made}", "--hugging_face"], "--hugging_face goes with --extract"),
   "generate: no prompt": (["generate.py", "--workdir={made}"], "--prompt is missing, such as --prompt='import '"),
