@@ -25,7 +25,7 @@ def read(path: str) -> Tokenizer:
   try:
     import gguf
   except ImportError as error:
-    raise ConfigError(f"data.tokenizer={path!r} needs the gguf package: pip install 'adaptive[pretrained]'") from error
+    raise ConfigError(f"data.tokenizer={path!r} needs the gguf package: pip install -e '.[pretrained]'") from error
   try:
     fields = gguf.GGUFReader(path).fields
   except (ValueError, OSError, IndexError, KeyError) as error:

@@ -19,7 +19,7 @@ def render(template: str, messages: Sequence[Mapping[str, str]], special: dict[s
     from jinja2 import TemplateError
     from jinja2.sandbox import ImmutableSandboxedEnvironment
   except ImportError as error:
-    raise ConfigError("chat templates need the jinja2 package: pip install 'adaptive[pretrained]'") from error
+    raise ConfigError("chat templates need the jinja2 package: pip install -e '.[pretrained]'") from error
 
   def refuse(reason: str) -> None:
     raise TemplateError(reason)

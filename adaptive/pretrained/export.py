@@ -79,9 +79,7 @@ def _write_weights(folder: pathlib.Path, config: ModelConfig, params: Params, sh
   try:
     from safetensors.numpy import save_file
   except ImportError as error:
-    raise ConfigError(
-      "Hugging Face folders need the safetensors package: pip install 'adaptive[pretrained]'"
-    ) from error
+    raise ConfigError("Hugging Face folders need the safetensors package: pip install -e '.[pretrained]'") from error
   parts = _parts(config, params, shard_bytes)
   names = [f"model-{i:05}-of-{len(parts):05}.safetensors" for i in range(1, len(parts) + 1)]
   tensors = _tensors(config, params)

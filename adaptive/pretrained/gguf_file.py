@@ -41,7 +41,7 @@ class GGUFFile:
     try:
       import gguf
     except ImportError as error:
-      raise ConfigError(f"{path} needs the gguf package: pip install 'adaptive[pretrained]'") from error
+      raise ConfigError(f"{path} needs the gguf package: pip install -e '.[pretrained]'") from error
     self._path = path
     try:
       self._reader = gguf.GGUFReader(path)

@@ -96,6 +96,6 @@ class Published:
     try:
       source = self._gguf or SafetensorsFolder(self.path)
     except ImportError as error:
-      raise ConfigError(f"{self.path} needs the safetensors package: pip install 'adaptive[pretrained]'") from error
+      raise ConfigError(f"{self.path} needs the safetensors package: pip install -e '.[pretrained]'") from error
     check(source, self.config, str(self.path))
     return source

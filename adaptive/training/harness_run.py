@@ -58,7 +58,7 @@ def evaluate(workdir: str, request: Request) -> None:
 
     from adaptive.evaluation.harness import AdaptiveLM
   except ImportError as error:
-    raise ConfigError(f"tasks need lm-evaluation-harness: pip install 'adaptive[harness]' ({error})") from error
+    raise ConfigError(f"tasks need lm-evaluation-harness: pip install -e '.[harness]' ({error})") from error
   require(jax.process_count() == 1, "harness.py runs in one process")
   plan = load_plan(workdir, request.changes)
   submodel = find_submodel(plan, request.submodel)

@@ -142,12 +142,13 @@ def test_a_goal_that_cannot_be_met_takes_no_other_with_it(workdir, capsys):
     calibrate.calibrate(str(workdir), None, Goals((0.001,), (), 0.9), [], None)
 
 
-def test_a_plan_that_decay_would_turn_around_is_no_plan(workdir, capsys):
-  """Saturation is negative where the stream moves; under decay no threshold may be."""
-  settings = ["method.exit.signal=saturation", "method.exit.decay=0.1"]
-  with pytest.raises(ConfigError, match="no goal can be met"):
-    calibrate.calibrate(str(workdir), None, Goals((0.9,), (), 0.9), [*settings, "method.exit.thresholds=(0.5,)"], None)
-  assert re.search(r"needs the threshold -.* decay=0.1 would raise", capsys.readouterr().out)
+def test_a_plan_that_decay_would_turn_around_is_no_plan(capsys):
+  """Of a signal that may be negative, such as saturation; a threshold just below 0 is none of these."""
+  found = lambda limit: thresholds.Solution((0.5, limit), 1.0, 0.5, 0.9)
+  assert calibrate._solved("goal", lambda: found(-0.2), Exiting(decay=0.1)) == ()
+  assert re.search(r"needs the threshold -0.2, which method.exit.decay=0.1 would raise", capsys.readouterr().out)
+  assert calibrate._solved("goal", lambda: found(-0.2), Exiting()) == (0.5, -0.2)
+  assert calibrate._solved("goal", lambda: found(-1e-30), Exiting(decay=0.1)) == (0.5, -1e-30)
 
 
 @pytest.mark.parametrize(
