@@ -56,7 +56,7 @@ def main(argv: list[str]) -> None:
   from adaptive.training import completion
 
   workdir = _WORKDIR.value or hub.resolve(_MODEL.value)
-  cli.use_compilation_cache(workdir)
+  cli.use_compilation_cache(_WORKDIR.value or "runs/model")  # not beside somebody's model
   request = completion.Request(
     prompts=tuple(_PROMPT.value),
     chat=_CHAT.value,

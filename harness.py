@@ -37,7 +37,7 @@ def main(argv: list[str]) -> None:
   from adaptive.training import harness_run
 
   workdir = _WORKDIR.value or hub.resolve(_MODEL.value)
-  cli.use_compilation_cache(workdir)
+  cli.use_compilation_cache(_WORKDIR.value or "runs/model")  # not beside somebody's model
   request = harness_run.Request(
     tasks=harness_run.names(_TASKS.value),
     include=_INCLUDE.value,

@@ -35,7 +35,7 @@ def main(argv: list[str]) -> None:
   from adaptive.training import perplexity
 
   workdir = _WORKDIR.value or hub.resolve(_MODEL.value)
-  cli.use_compilation_cache(workdir)
+  cli.use_compilation_cache(_WORKDIR.value or "runs/model")  # not beside somebody's model
   request = perplexity.Request(
     texts=tuple(_TEXT.value),
     window=_WINDOW.value,

@@ -10,6 +10,7 @@ of four layers: shallower networks are what any of these has to beat.
 """
 
 from adaptive import methods
+from adaptive.config import require
 
 EXITS = (1, 2, 3, 4, 6)
 MUE = dict(signal="cosine", kv="copy", thresholds=(0.9, 0.95, 0.98))
@@ -37,6 +38,7 @@ VARIANTS = {
 
 def get_config(variant="early_exit"):
   name, _, layers = variant.partition(",")
+  require(name in VARIANTS, f"no variant {name!r} of this config; there are {', '.join(VARIANTS)}")
   method, settings = VARIANTS[name]
   config = methods.default_config(method)
   config.model.update(num_layers=int(layers or 8), d_model=128, d_ff=384, num_heads=4, num_kv_heads=2)

@@ -15,6 +15,7 @@ Every method, on a smaller network, is in `depth_demo.py`.
 """
 
 from adaptive import methods
+from adaptive.config import require
 
 VARIANTS = {
   "early_exit": dict(exits=(1, 2, 3, 4, 6, 8, 12)),
@@ -29,6 +30,7 @@ DEEP = {
 
 def get_config(variant="early_exit"):
   name, _, layers = variant.partition(",")
+  require(name in (*VARIANTS, *DEEP), f"no variant {name!r} of this config; there are {', '.join((*VARIANTS, *DEEP))}")
   deep = name in DEEP
   config = methods.default_config("early_exit" if deep else name)
   layers = 24 if deep else int(layers or 16)

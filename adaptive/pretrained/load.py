@@ -1,6 +1,7 @@
 """A published model's tensors into the arrays of a run, one after the other."""
 
 import functools
+import sys
 from collections.abc import Iterable
 from typing import Protocol
 
@@ -57,7 +58,8 @@ def load(source: Source, config: ModelConfig, abstract: Params) -> Params:
   size, out = sizes(config), {}
   total = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
   number = sum(config.num_layers if leaf.stacked else 1 for leaf in leaves(config))
-  with tqdm(total=number, desc="reading", unit="tensor", disable=total < _MANY or jax.process_index() > 0) as bar:
+  quiet = total < _MANY or jax.process_index() > 0 or not sys.stderr.isatty()
+  with tqdm(total=number, desc="reading", unit="tensor", disable=quiet) as bar:
     for leaf in leaves(config):
       target = functools.reduce(lambda tree, key: tree[key], leaf.path, abstract)
       layout = Layout(leaf.pattern, size)
