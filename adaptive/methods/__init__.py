@@ -13,6 +13,7 @@ from adaptive import config_dict
 from adaptive.methods import dense
 from adaptive.methods.contract import Method
 from adaptive.methods.depth import (
+  dr_llm,
   early_exit,
   first,
   jei_dnn,
@@ -29,6 +30,7 @@ from adaptive.methods.width import sorted_net
 
 METHODS: dict[str, Method] = {
   "dense": dense,
+  "dr_llm": dr_llm,
   "early_exit": early_exit,
   "first": first,
   "jei_dnn": jei_dnn,
