@@ -1,6 +1,6 @@
 """Losses over masked tokens as (sum, count) pairs, and the mean of a loss over several sub-models."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,6 +12,27 @@ from adaptive import sharding
 
 SumCount = tuple[jax.Array, jax.Array]
 PyTree = Any
+
+
+def counted(batch: Mapping[str, jax.Array]) -> jax.Array:
+  """Whose predictions losses and accuracies are taken over, bool [b, t].
+
+  Those that the field `scored` names, as of the answers to questions; where a batch has none, all but padding. What a
+  mask of real tokens means (who is computed, seen or paid for) is `segment_ids > 0` in either case.
+  """
+  return batch["scored"] > 0 if "scored" in batch else batch["segment_ids"] > 0
+
+
+def prompt(batch: Mapping[str, jax.Array]) -> jax.Array | None:
+  """Which tokens are given, bool [b, t]: those up to the one that predicts the answer's first token.
+
+  A row in which nothing is scored is all prompt. None for a batch without `scored`, in which nothing is an answer.
+  """
+  if "scored" not in batch:
+    return None
+  scored = (batch["scored"] > 0).astype(jnp.int32)
+  nothing_before = jnp.cumsum(scored, axis=1) == scored  # of a row's earlier tokens, none is scored
+  return nothing_before & (batch["segment_ids"] > 0)
 
 
 def token_losses(logits: jax.Array, targets: jax.Array) -> jax.Array:

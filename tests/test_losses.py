@@ -67,6 +67,22 @@ def test_the_mean_of_nothing_is_zero():
   assert float(losses.mean((jnp.float32(6), jnp.float32(4)))) == 1.5
 
 
+SEGMENTS = np.array([[1, 1, 1, 1, 0], [1, 1, 2, 2, 2], [1, 1, 1, 0, 0]], np.int32)
+
+
+def test_all_but_padding_counts_unless_the_batch_says_what_is_scored():
+  np.testing.assert_array_equal(losses.counted({"segment_ids": SEGMENTS}), SEGMENTS > 0)
+  scored = np.array([[0, 0, 1, 1, 0], [0, 1, 0, 0, 1], [0, 0, 0, 0, 0]], np.int32)
+  np.testing.assert_array_equal(losses.counted({"segment_ids": SEGMENTS, "scored": scored}), scored > 0)
+
+
+def test_the_prompt_ends_with_the_token_that_predicts_the_answer():
+  assert losses.prompt({"segment_ids": SEGMENTS}) is None
+  scored = np.array([[0, 0, 1, 1, 0], [1, 0, 0, 1, 1], [0, 0, 0, 0, 0]], np.int32)
+  wanted = np.array([[1, 1, 1, 0, 0], [1, 0, 0, 0, 0], [1, 1, 1, 0, 0]], bool)
+  np.testing.assert_array_equal(losses.prompt({"segment_ids": SEGMENTS, "scored": scored}), wanted)
+
+
 def quadratic(params, shared, entry):
   """A loss that weighs each entry differently, and two metrics."""
   error = params["w"] * entry + params["b"] - shared["x"]

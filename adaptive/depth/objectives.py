@@ -31,13 +31,13 @@ def exit_losses(head: Callable, heads: Params, hidden: jax.Array, batch: Batch) 
 
 def cross_entropy_of(batch: Batch) -> Callable[[jax.Array], SumCount]:
   """Logits [b, t, v] -> next-token cross entropy on a batch."""
-  mask = batch["segment_ids"] > 0
+  mask = losses.counted(batch)
   return lambda logits: losses.cross_entropy(logits, batch["targets"], mask)
 
 
 def with_teacher(batch: Batch, teacher: jax.Array) -> Callable[[jax.Array], tuple[SumCount, SumCount]]:
   """Logits [b, t, v] -> next-token cross entropy, and cross entropy to what the teacher's logits [b, t, v] predict."""
-  hard, mask = cross_entropy_of(batch), batch["segment_ids"] > 0
+  hard, mask = cross_entropy_of(batch), losses.counted(batch)
   return lambda logits: (hard(logits), losses.soft_cross_entropy(logits, teacher, mask))
 
 

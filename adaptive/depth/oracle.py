@@ -19,7 +19,10 @@ def exit_of(tops: jax.Array) -> jax.Array:
 
 
 def layers(exits: Exits, params: Params, batch: Batch) -> SumCount:
-  """Layers that the oracle's tokens run, summed over a batch, and the number of tokens."""
+  """Layers that the oracle's tokens run, summed over a batch, and the number of tokens.
+
+  Of all tokens, those of prompts too, as the layers that a rule is measured to run are.
+  """
   hidden = streams(exits, params, batch)
   tops = jnp.stack([jnp.argmax(exits.head(params, which, x), axis=-1) for which, x in enumerate(hidden)])
   depth = jnp.asarray(exits.depths, jnp.float32)[exit_of(tops)]

@@ -45,8 +45,8 @@ class Scorer:
     parts = sharding.batch_parts(mesh)
     self._params, self._mesh, self._rows = params, mesh, -(-rows // parts) * parts
 
-    def score(params: Params, batch: Batch, scored: jax.Array):
-      logits = method.forward(model, params, batch, index).logits
+    def score(params: Params, batch: Batch):
+      logits, scored = method.forward(model, params, batch, index).logits, batch["scored"]
       chosen = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), batch["targets"][..., None], axis=-1)[..., 0]
       right = jnp.argmax(logits, axis=-1) == batch["targets"]
       return jnp.sum(chosen * scored, axis=1), jnp.all(right | (scored == 0), axis=1)
@@ -60,14 +60,14 @@ class Scorer:
     with jax.set_mesh(self._mesh), tqdm.tqdm(total=len(pieces), desc="scoring", disable=not show) as bar:
       for start in range(0, len(order), self._rows):
         chosen = order[start : start + self._rows]
-        sums, right = self._score(self._params, *self._batch([pieces[i] for i in chosen]))
+        sums, right = self._score(self._params, self._batch([pieces[i] for i in chosen]))
         for i, total, greedy in zip(chosen, np.asarray(sums), np.asarray(right)):
           found[i] = Score(float(total), bool(greedy))
         bar.update(len(chosen))
     return found
 
-  def _batch(self, pieces: Sequence[Piece]) -> tuple[Batch, jax.Array]:
-    """Rows filled up with padding, and those that are missing with rows of it; and which predictions count."""
+  def _batch(self, pieces: Sequence[Piece]) -> Batch:
+    """Rows filled up with padding, and those that are missing with rows of it; `scored` is which predictions count."""
     length = _bucket(max(len(piece.tokens) for piece in pieces) - 1)
     names = ("inputs", "targets", "segment_ids", "positions", "scored")
     batch = {name: np.zeros((self._rows, length), np.int32) for name in names}
@@ -76,8 +76,7 @@ class Scorer:
       batch["inputs"][i, :size], batch["targets"][i, :size] = tokens[:-1], tokens[1:]
       batch["segment_ids"][i, :size], batch["positions"][i, :size] = 1, np.arange(size)
       batch["scored"][i, given - 1 : size] = 1
-    batch = sharding.global_batch(batch, self._mesh)
-    return batch, batch.pop("scored")
+    return sharding.global_batch(batch, self._mesh)
 
 
 def _bucket(length: int) -> int:

@@ -59,7 +59,7 @@ def make_scorer(method: Method, model: nn.Module, mesh: Mesh) -> Callable:
 
   def score(params: Params, batch: Batch, index: jax.Array, reference: jax.Array):
     logits, aux = method.forward(model, params, batch, index)
-    mask = batch["segment_ids"] > 0
+    mask = losses.counted(batch)
     top = jnp.argmax(logits, axis=-1)
     nll = losses.token_losses(logits, batch["targets"]) * mask
     rows = (nll, (top == batch["targets"]) & mask, (top == reference) & mask, mask)
@@ -105,10 +105,11 @@ def measure(
 
 
 def _commonest(batches: Sequence[Batch], mesh: Mesh) -> float:
-  everywhere = jax.jit(lambda *rows: rows, out_shardings=sharding.replicated(mesh))  # a process holds but its own rows
+  look = lambda batch: (batch["targets"], losses.counted(batch))
+  everywhere = jax.jit(look, out_shardings=sharding.replicated(mesh))  # a process holds but its own rows
   predicted = []
   for batch in batches:
-    targets, mask = jax.device_get(everywhere(batch["targets"], batch["segment_ids"]))
-    predicted.append(targets[mask > 0])
+    targets, mask = jax.device_get(everywhere(batch))
+    predicted.append(targets[mask])
   counts = np.bincount(np.concatenate(predicted))
   return float(counts.max() / counts.sum())

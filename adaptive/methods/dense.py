@@ -46,7 +46,7 @@ def submodels(model: Transformer) -> tuple[SubModel, ...]:
 
 def loss(model: Transformer, params: Params, batch: Batch, choice, key, step) -> tuple[jax.Array, Metrics]:
   """Next-token cross entropy."""
-  pair = losses.cross_entropy(forward(model, params, batch, 0).logits, batch["targets"], batch["segment_ids"] > 0)
+  pair = losses.cross_entropy(forward(model, params, batch, 0).logits, batch["targets"], losses.counted(batch))
   return losses.mean(pair), {"loss": pair}
 
 

@@ -61,6 +61,21 @@ def test_the_likeliest_continuation_is_greedy():
   assert Score._fields == ("log_prob", "greedy")
 
 
+def test_the_model_is_told_what_is_given_and_what_is_scored():
+  seen = {}
+
+  class Watching:
+    def forward(self, model, params, batch, index):
+      seen.update({name: values.shape for name, values in batch.items()})
+      jax.debug.callback(lambda scored: seen.update(scored=np.asarray(scored)), batch["scored"])
+      return METHOD.forward(model, params, batch, index)
+
+  Scorer(Watching(), MODEL, PARAMS, 0, sharding.make_mesh(MeshConfig(), jax.devices()[:1]), rows=1)([Piece([1] * 5, 3)])
+  assert set(seen) == {"inputs", "targets", "segment_ids", "positions", "scored"}
+  jax.effects_barrier()
+  assert np.flatnonzero(seen["scored"]).tolist() == [2, 3]
+
+
 def test_texts_are_cut_where_the_context_s_tokens_end():
   """A tokenizer of words, each with the blanks before it."""
   words = {"the": 1, " cat": 2, " sat": 3, "cat": 4, " ": 5}

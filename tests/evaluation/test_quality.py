@@ -39,8 +39,11 @@ def log_softmax(x):
   return x - math.log(np.exp(x).sum())
 
 
-def reference(run, params, rows):
-  """Per sub-model and row: (loss, correct, agreeing, tokens), [n, r, 4], from the statically cut-out sub-models."""
+def reference(run, params, rows, counted="segment_ids"):
+  """Per sub-model and row: (loss, correct, agreeing, tokens), [n, r, 4], from the statically cut-out sub-models.
+
+  Of the tokens where the field `counted` is not 0.
+  """
   indices = range(len(run.method.submodels(run.model)))
   found = np.zeros((len(indices), len(rows), 4))
   batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
@@ -49,7 +52,7 @@ def reference(run, params, rows):
   for r, row in enumerate(rows):
     logits = [output[r] for output in outputs]
     for t, target in enumerate(row["targets"]):
-      if row["segment_ids"][t] == 0:
+      if row[counted][t] == 0:
         continue
       for i in indices:
         top = int(np.argmax(logits[i][t]))
@@ -81,6 +84,27 @@ def test_equals_a_loop_over_tokens(run, params):
   assert measured.agreement(-1) == 1
   assert 0 < measured.agreement(0) < 1
   targets = np.concatenate([row["targets"][row["segment_ids"] > 0] for row in rows])
+  assert measured.commonest == np.unique(targets, return_counts=True)[1].max() / len(targets)
+
+
+def test_only_what_is_scored_is_measured(run, params):
+  """The second half of each row scored: sums over it, of which the commonest token is the commonest."""
+
+  def half(batch):
+    late = np.arange(32, dtype=np.int32)[None] >= 16
+    scored = np.where(late, np.asarray(batch["segment_ids"]) > 0, 0)
+    return {**batch, "scored": jax.device_put(scored.astype(np.int32), batch["inputs"].sharding)}
+
+  batches = [half(batch) for batch in batches_of(run)]
+  indices = range(len(run.method.submodels(run.model)))
+  measured = quality.measure(run.method, run.model, params, batches, run.mesh, indices)
+  rows = [{name: np.asarray(values)[i] for name, values in batches[0].items()} for i in range(ROWS)]
+  expected = reference(run, params, rows, "scored")
+  np.testing.assert_allclose(measured.losses, expected[..., 0], rtol=1e-5)
+  np.testing.assert_array_equal(measured.correct, expected[..., 1])
+  np.testing.assert_array_equal(measured.agreeing, expected[..., 2])
+  np.testing.assert_array_equal(measured.tokens, expected[0, :, 3])
+  targets = np.concatenate([row["targets"][row["scored"] > 0] for row in rows])
   assert measured.commonest == np.unique(targets, return_counts=True)[1].max() / len(targets)
 
 

@@ -124,6 +124,24 @@ def test_samples_are_indices_of_sub_models_and_the_loss_takes_them(name):
 
 
 @every_method
+def test_the_loss_is_of_the_predictions_that_count(name):
+  """What stands in the text where nothing is scored changes no loss; where all is scored, it is the loss of text."""
+  method, model = built(name)
+  batch, choice = tiny.packed_batch(MODEL, rows=4), method.sample(model, 0, 0)
+  real = batch["segment_ids"] > 0
+  argument = choice if method.static_choice(model) else np.asarray(choice, np.int32)
+  params, key = tiny.random_params(model), jax.random.key(0)
+  run = jax.jit(lambda batch: method.loss(model, params, batch, argument, key, 0))
+  tiny.assert_trees_equal(run({**batch, "scored": real.astype(np.int32)}), run(batch))
+  scored = real & (batch["positions"] >= 2)
+  answers = {**batch, "scored": scored.astype(np.int32)}
+  loss, metrics = run(answers)
+  assert float(metrics["loss"][1]) == float(scored.sum()) < float(real.sum())
+  other = {**answers, "targets": np.where(scored, batch["targets"], (batch["targets"] + 1) % MODEL.vocab_size)}
+  assert float(run(other)[0]) == float(loss) != float(run(batch)[0])
+
+
+@every_method
 def test_an_update_costs_more_than_its_smallest_sub_model_and_no_more_than_all_of_it_in_full(name):
   method, model = built(name)
   choice, forward = method.sample(model, 0, 0), [method.cost(model, s, 16, {}) for s in method.submodels(model)]

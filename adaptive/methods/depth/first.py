@@ -173,7 +173,7 @@ def loss(model: FiRST, params: Params, batch: Batch, choice, key, step) -> tuple
     params = {**jax.lax.stop_gradient(backbone(params)), "routers": params["routers"]}
   made = plans(model, TRAINED_AT)
   logits, gates = prompt_plan.one_shot(model, params, batch, made, method.estimator)
-  pair = losses.cross_entropy(logits, batch["targets"], real)
+  pair = losses.cross_entropy(logits, batch["targets"], losses.counted(batch))
   decided = real & ~made.prompt(batch["positions"])
   run = jnp.sum(gates * decided[None]), model.routed * jnp.sum(decided, dtype=jnp.float32)
   # Rows of prompts only say nothing of the share.

@@ -203,7 +203,7 @@ def loss(model: JeiDnn, params: Params, batch: Batch, choice, key, step) -> tupl
   hidden = executors.exits(model.config, params, batch, model.trained)
   read = lambda logits: (losses.token_losses(logits, batch["targets"]), statistics(logits))
   each, numbers = heads.read(model, params, hidden, read)  # [e, b, t], [e, b, t, 4]
-  mask = batch["segment_ids"] > 0
+  mask = losses.counted(batch)
   tokens = jnp.sum(mask, dtype=jnp.float32)
   pairs = jnp.sum(each * mask[None], axis=(1, 2)), jnp.full(len(each), tokens)
   metrics = heads.by_depth(model, pairs)

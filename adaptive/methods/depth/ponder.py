@@ -198,12 +198,13 @@ def divergence(logs: jax.Array, prior: float) -> jax.Array:
 
 def loss(model: Ponder, params: Params, batch: Batch, choice, key, step) -> tuple[jax.Array, Metrics]:
   """PonderNet: the expected cross entropy and the divergence. ACT: the mean's cross entropy and the ponder cost."""
-  method, mask = model.method, batch["segment_ids"] > 0
+  method, real = model.method, batch["segment_ids"] > 0
   by_kind = {"pondernet": (_expected, "divergence", method.kl_weight), "act": (_halted, "ponder", method.ponder_cost)}
   terms, name, weight = by_kind[method.halting]
-  number = jnp.sum(mask, dtype=jnp.float32)
-  named = zip(("loss", name, "passes"), terms(model, params, batch))
-  metrics = {what: (jnp.sum(each * mask), number) for what, each in named}
+  # Tokens whose predictions do not count halt all the same, and cost their passes.
+  masks = (losses.counted(batch), real, real)
+  named = zip(("loss", name, "passes"), terms(model, params, batch), masks)
+  metrics = {what: (jnp.sum(each * mask), jnp.sum(mask, dtype=jnp.float32)) for what, each, mask in named}
   return losses.mean(metrics["loss"]) + weight * losses.mean(metrics[name]), metrics
 
 

@@ -187,7 +187,7 @@ def loss(model: RecurrentDepth, params: Params, batch: Batch, choice, key, step)
   passes = submodels(model)[choice[0]]["recursions"]
   x = truncated(model, params, batch, passes)
   logits = model.apply({"params": params}, x, method="head")
-  pair = losses.cross_entropy(logits, batch["targets"], batch["segment_ids"] > 0)
+  pair = losses.cross_entropy(logits, batch["targets"], losses.counted(batch))
   return losses.mean(pair), {"loss": pair}
 
 

@@ -91,7 +91,7 @@ def loss(model: Recursive, params: Params, batch: Batch, choice, key, step) -> t
   """Next-token cross entropy."""
   index = choice[0] if model.method.train_fewer else model.method.num_recursions - 1
   logits = forward(model, params, batch, index).logits
-  pair = losses.cross_entropy(logits, batch["targets"], batch["segment_ids"] > 0)
+  pair = losses.cross_entropy(logits, batch["targets"], losses.counted(batch))
   return losses.mean(pair), {"loss": pair}
 
 

@@ -146,7 +146,7 @@ def loss(model: Sec, params: Params, batch: Batch, choice, key, step) -> tuple[j
   if model.method.backbone == "frozen":
     params = heads.frozen(params)
   hidden = executors.exits(model.config, params, batch, model.trained)
-  mask, targets = batch["segment_ids"] > 0, batch["targets"]
+  mask, targets = losses.counted(batch), batch["targets"]
   read = lambda logits: (losses.cross_entropy(logits, targets, mask), jnp.argmax(logits, axis=-1) == targets)
   pairs, right = heads.read(model, params, hidden, read)
   scores = lambda x: routing.router_logits(params["controller"], 0, x)

@@ -147,7 +147,7 @@ def loss(model: UnifiedSkip, params: Params, batch: Batch, choice, key, step) ->
   teacher = _stream(model.config, jax.lax.stop_gradient(params), batch, family[-1]) if weight else None
 
   def plan_loss(params, shared, index):
-    (batch, teacher), mask = shared, shared[0]["segment_ids"] > 0
+    (batch, teacher), mask = shared, losses.counted(shared[0])
     x = _stream(model.config, params, batch, family[index])
     logits = model.apply({"params": params}, x, method="head")
     metrics = {"submodel_loss": losses.cross_entropy(logits, batch["targets"], mask)}

@@ -256,7 +256,7 @@ def loss(model: SortedNet, params: Params, batch: Batch, choice, key, step) -> t
 
 
 def _task_loss(logits: jax.Array, batch: Batch) -> losses.SumCount:
-  return losses.cross_entropy(logits, batch["targets"], batch["segment_ids"] > 0)
+  return losses.cross_entropy(logits, batch["targets"], losses.counted(batch))
 
 
 def _metrics(pairs: losses.SumCount) -> Metrics:
@@ -274,7 +274,7 @@ def _distilled_loss(model: SortedNet, params: Params, batch: Batch, choice) -> t
     rows, teacher = shared
     logits = forward(model, params, rows, index).logits
     task = _task_loss(logits, rows)
-    soft = losses.soft_cross_entropy(logits, teacher, rows["segment_ids"] > 0, method.distill_temperature)
+    soft = losses.soft_cross_entropy(logits, teacher, losses.counted(rows), method.distill_temperature)
     return (1 - method.distill) * losses.mean(task) + method.distill * losses.mean(soft), task
 
   shared = (batch, jax.lax.stop_gradient(teacher))

@@ -72,7 +72,7 @@ def sample(model: MixtureOfDepths, seed: int, step: int) -> tuple[int, ...]:
 def loss(model: MixtureOfDepths, params: Params, batch: Batch, choice, key, step) -> tuple[jax.Array, Metrics]:
   """Next-token cross entropy under top-k, and the cross entropy of what will decide at inference."""
   logits, found = training_logits(model, params, batch)
-  pair = losses.cross_entropy(logits, batch["targets"], batch["segment_ids"] > 0)
+  pair = losses.cross_entropy(logits, batch["targets"], losses.counted(batch))
   decisions = losses.mean(found["router_loss"]).sum()
   metrics = {name: (total.sum(), count.sum()) for name, (total, count) in found.items()}
   return losses.mean(pair) + model.method.decision_loss * decisions, {"loss": pair, **metrics}

@@ -25,13 +25,13 @@ def diagnose(model: nn.Module, params: Params, batches: Sequence[Batch], mesh: M
 
 
 def _measure(model: nn.Module, params: Params, batch: Batch) -> Metrics:
-  real = batch["segment_ids"] > 0
+  real, counted = batch["segment_ids"] > 0, losses.counted(batch)
   logits, keeps = causal_logits(model, params, batch, Rule())
   ahead, judged = training_logits(model, params, batch)
   right, number = judged["router_accuracy"]
   return {
     **realised(model, keeps, real),
     **{f"agreement/{layer}": (right[i], number[i]) for i, layer in enumerate(model.routed)},
-    "causal_loss": losses.cross_entropy(logits, batch["targets"], real),
-    "top_k_loss": losses.cross_entropy(ahead, batch["targets"], real),
+    "causal_loss": losses.cross_entropy(logits, batch["targets"], counted),
+    "top_k_loss": losses.cross_entropy(ahead, batch["targets"], counted),
   }

@@ -84,7 +84,7 @@ def loss(model: MixtureOfRecursions, params: Params, batch: Batch, choice, key, 
   config = model.method
   stage = choice[0] if config.warmup_steps and choice[0] < config.warmup_stages else None
   logits, router_losses, metrics = training_logits(model, params, batch, stage, key, step)
-  pair = losses.cross_entropy(logits, batch["targets"], batch["segment_ids"] > 0)
+  pair = losses.cross_entropy(logits, batch["targets"], losses.counted(batch))
   return losses.mean(pair) + router_losses, {"loss": pair, **metrics}
 
 

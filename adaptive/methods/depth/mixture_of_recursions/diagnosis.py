@@ -44,8 +44,9 @@ def _measure(model: nn.Module, params: Params, batch: Batch) -> dict[str, tuple]
   chunks = seq_len // config.capacity_chunk if config.capacity_chunk else 1
   ahead = causal.top_k(capacity_tokens(config, seq_len), chunks)
   ahead_logits, ahead_keeps = causal_logits(model, params, batch, full, ahead)
-  found["causal_loss"] = losses.cross_entropy(logits, batch["targets"], real)
-  found["top_k_loss"] = losses.cross_entropy(ahead_logits, batch["targets"], real)
+  counted = losses.counted(batch)
+  found["causal_loss"] = losses.cross_entropy(logits, batch["targets"], counted)
+  found["top_k_loss"] = losses.cross_entropy(ahead_logits, batch["targets"], counted)
   candidates = real
   for which, (mine, theirs) in enumerate(zip(keeps, ahead_keeps), 1):
     found[f"disagreement/{which}"] = (jnp.sum(mine ^ theirs, dtype=jnp.float32), jnp.sum(candidates, dtype=jnp.float32))
