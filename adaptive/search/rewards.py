@@ -30,8 +30,9 @@ def exact(question: Question, scores: Options) -> float:
 
 
 def likelihood(question: Question, scores: Options) -> float:
-  """Probability of the reference answer, of which the search keeps at least what the model gives it."""
-  return float(np.exp(scores.log_probs[_right(question)]))
+  """Mean probability of the reference answer's tokens (geometric), of which a search keeps at least the model's own."""
+  right = _right(question)
+  return float(np.exp(scores.log_probs[right] / scores.tokens[right]))
 
 
 def _right(question: Question) -> int:

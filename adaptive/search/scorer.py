@@ -25,10 +25,11 @@ class Options(NamedTuple):
   """What a path makes of a question, for each of its options.
 
   Attributes:
-    log_probs: of all its tokens together. greedy: whether each of them is the likeliest.
+    log_probs: of all its tokens together. tokens: how many those are. greedy: whether each of them is the likeliest.
   """
 
   log_probs: np.ndarray
+  tokens: np.ndarray
   greedy: np.ndarray
 
 
@@ -43,8 +44,8 @@ class PathScorer:
     kept: paths of each question whose streams are kept.
 
   Attributes:
-    visits: layer visits that requests asked for. computed: those that were made. programs: that were compiled.
-    seconds: that calls took, without those that compiled.
+    visits: layer visits that requests asked for. computed: those that were made. scored: requests.
+    programs: that were compiled. rate: requests in a second, of the calls that compiled nothing.
   """
 
   def __init__(
@@ -56,12 +57,16 @@ class PathScorer:
     self._program = jax.jit(lambda params, rows: _score(config, self._options, together, params, rows))
     self._streams: dict[int, OrderedDict[Visits, np.ndarray]] = {}
     self._shapes: set[tuple[int, int]] = set()
-    self.visits = self.computed = 0
-    self.seconds = 0.0
+    self.visits = self.computed = self.scored = self._warm = 0
+    self._seconds = 0.0
 
   @property
   def programs(self) -> int:
     return len(self._shapes)
+
+  @property
+  def rate(self) -> float:
+    return self._warm / self._seconds if self._seconds else 0.0
 
   def __call__(self, requests: Sequence[tuple[int, Visits]]) -> list[Options]:
     """In the order of the requests."""
@@ -99,12 +104,15 @@ class PathScorer:
     began, fresh = time.monotonic(), shape not in self._shapes
     log_probs, greedy, streams = jax.block_until_ready(self._program(self._params, rows))
     self._shapes.add(shape)
-    self.seconds += 0.0 if fresh else time.monotonic() - began
+    self.scored += len(requests)
+    if not fresh:
+      self._warm, self._seconds = self._warm + len(requests), self._seconds + time.monotonic() - began
     log_probs, greedy, streams = np.asarray(log_probs), np.asarray(greedy), np.asarray(streams)
     for i, ((question, visits), (start, before)) in enumerate(zip(requests, begun)):
       self._keep(question, visits, start, before, streams[:, i])
-    number = [tree.options for tree in trees]
-    return [Options(log_probs[i, :n].astype(np.float64), greedy[i, :n]) for i, n in enumerate(number)]
+    sizes = [np.bincount(tree.option[tree.option >= 0], minlength=tree.options) for tree in trees]
+    each = enumerate(sizes)
+    return [Options(log_probs[i, : len(n)].astype(np.float64), n, greedy[i, : len(n)]) for i, n in each]
 
   def _begin(self, question: int, visits: Visits) -> tuple[int, np.ndarray | None]:
     """The layer from which on a path has to be run, and the streams that enter layers before and there."""
