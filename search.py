@@ -22,7 +22,9 @@ _STRATEGY = flags.DEFINE_string(
 )
 _BUDGET = flags.DEFINE_integer("budget", 50, "Plans evaluated of a question, at most.", lower_bound=1)
 _REWARD = flags.DEFINE_string(
-  "reward", "choice", "choice or choice_per_character (of options), exact (a short answer) or likelihood (of a reference)."
+  "reward",
+  "choice",
+  "choice or choice_per_character (of options), exact (a short answer) or likelihood (of a reference).",
 )
 _SHARED = flags.DEFINE_bool("shared", False, "Search one plan that serves all questions.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of all that is drawn.", lower_bound=0)

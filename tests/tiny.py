@@ -50,6 +50,15 @@ def packed_batch(config: ModelConfig, rows: int = 2, length: int = 12, seed: int
   return jax.tree.map(jnp.asarray, batch)
 
 
+def labels(config: ModelConfig, batch: dict, seed: int = 0) -> dict:
+  """Of a batch of questions: a random plan for every row, and an answer that begins after three quarters of it."""
+  rows, length = batch["inputs"].shape
+  visits = np.random.default_rng(seed).integers(0, 3, (rows, config.num_layers), np.int32)
+  counts = np.broadcast_to(np.bincount(visits.ravel(), minlength=3).astype(np.int32), (rows, 3))
+  scored = (np.arange(length) >= 3 * length // 4) & (np.asarray(batch["segment_ids"]) > 0)
+  return jax.tree.map(jnp.asarray, {"visits": visits, "label_counts": counts, "scored": scored.astype(np.int32)})
+
+
 def one_document(config: ModelConfig, rows: int = 2, length: int = 8, seed: int = 0) -> dict:
   """Rows that are one document each, without padding."""
   tokens = np.random.default_rng(seed).integers(0, config.vocab_size, (2, rows, length), np.int32)

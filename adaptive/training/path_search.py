@@ -158,7 +158,9 @@ def _summarise(labels: Sequence[Label], layers: int, request: Request) -> None:
   print(f"layers of a plan     {ran.sum(1).mean():8.2f} of {layers}")
   print(f"plans evaluated      {np.mean([label.evaluations for label in labels]):8.1f} of a question")
   counts = collections.Counter(ran.ravel().tolist())
-  print("labels               " + ", ".join(f"{counts[c]:,} {name}" for c, name in enumerate(("skip", "execute", "repeat"))))
+  print(
+    "labels               " + ", ".join(f"{counts[c]:,} {name}" for c, name in enumerate(("skip", "execute", "repeat")))
+  )
   for name, which in (("skipped most", 0), ("repeated most", 2)):
     share = (ran == which).mean(0)
     most = [f"{layer} ({share[layer]:.0%})" for layer in np.argsort(-share)[:6] if share[layer]]

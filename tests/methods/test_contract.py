@@ -18,6 +18,7 @@ from adaptive.methods.width import sorted_net
 
 # Settings that leave each method something to choose.
 SETTINGS = {
+  "dr_llm": dict(hidden=2, windows=2),
   "early_exit": dict(exits=(1, 3)),
   "first": dict(prompt_tokens=3),
   "jei_dnn": dict(exits=(1, 3)),
@@ -34,10 +35,17 @@ SETTINGS = {
 NOT_PLAIN = ("mixture_of_depths", "mixture_of_recursions", "recurrent_depth")
 FUNCTIONS = [name for name, value in vars(Method).items() if inspect.isfunction(value) and not name.startswith("_")]
 MODEL = tiny.model_config()
+# Methods whose given model is frozen, and which learn labels of it: not what the next token is.
+LEARN_LABELS = ("dr_llm",)
 # FLOPs of what training asks for and no sub-model does: the unit that says where to halt.
 MORE_IN_TRAINING = {"ponder": 2 * MODEL.d_model}
 every_method = pytest.mark.parametrize("name", METHODS)
 every_plain_method = pytest.mark.parametrize("name", [name for name in METHODS if name not in NOT_PLAIN])
+
+
+def training_batch(name):
+  batch = tiny.packed_batch(MODEL, rows=4)
+  return batch | tiny.labels(MODEL, batch) if name in LEARN_LABELS else batch
 
 
 def built(name):
@@ -102,8 +110,8 @@ def test_names_are_unique_and_costs_grow_to_the_full_model(name):
   method, model = built(name)
   submodels = method.submodels(model)
   assert len({s.name for s in submodels}) == len(submodels)
-  # A threshold that no token passes costs more than the full model: the heads that are asked.
-  each = [method.cost(model, s, 16, {}) for s in submodels if "threshold" not in s.name]
+  # Where nothing is left out, who is asked what may be costs more than the full model: heads, routers.
+  each = [method.cost(model, s, 16, {}) for s in submodels if not s.name.startswith(("threshold", "budget"))]
   assert max(each, key=lambda c: c.flops_per_token) == each[-1]
   assert each[-1].params_total == sum(leaf.size for leaf in jax.tree.leaves(tiny.random_params(model)))
 
@@ -113,17 +121,18 @@ def test_samples_are_indices_of_sub_models_and_the_loss_takes_them(name):
   method, model = built(name)
   choice = method.sample(model, 0, 0)
   assert set(choice) <= set(range(len(method.submodels(model))))
-  batch = tiny.packed_batch(MODEL, rows=4)
+  batch = training_batch(name)
   argument = choice if method.static_choice(model) else np.asarray(choice, np.int32)
   loss, metrics = method.loss(model, tiny.random_params(model), batch, argument, jax.random.key(0), 0)
   total, count = metrics["loss"]
   assert np.isfinite(float(loss))
-  assert float(count) == float((batch["segment_ids"] > 0).sum())
+  labels = batch["visits"].size if name in LEARN_LABELS else float((batch["segment_ids"] > 0).sum())
+  assert float(count) == labels
   assert all(np.shape(s) == np.shape(c) in ((), (len(choice),)) for s, c in metrics.values())
   assert np.isfinite(float(total))
 
 
-@every_method
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in LEARN_LABELS])
 def test_the_loss_is_of_the_predictions_that_count(name):
   """What stands in the text where nothing is scored changes no loss; where all is scored, it is the loss of text."""
   method, model = built(name)
@@ -149,7 +158,8 @@ def test_an_update_costs_more_than_its_smallest_sub_model_and_no_more_than_all_o
   each = [cost.flops_per_token for cost in forward]
   # Training reads every exit, where a sub-model may read one, and asks what says where to halt.
   heads = len(forward) * costs.head_flops(MODEL) + MORE_IN_TRAINING.get(name, 0.0)
-  assert 3 * min(each) / method.batch_parts(model) <= found <= 3 * (len(choice) * max(each) + heads)
+  least = costs.head_flops(MODEL) if name in LEARN_LABELS else 3 * min(each) / method.batch_parts(model)
+  assert least <= found <= 3 * (len(choice) * max(each) + heads)
   assert method.update_flops(model, choice, 32) > found
 
 

@@ -144,12 +144,14 @@ def _decisions(model: DrLLM, weights: tuple[float, ...] | jax.Array) -> running.
 
 def loss(model: DrLLM, params: Params, batch: Batch, choice, key, step) -> tuple[jax.Array, Metrics]:
   """Focal loss of every layer's router on the labels of each row's prompt."""
-  require("visits" in batch, "method dr_llm learns from labels of a search: set data.source='questions' and data.labels")
+  require(
+    "visits" in batch, "method dr_llm learns from labels of a search: set data.source='questions' and data.labels"
+  )
   config, method, labels = model.config, model.method, batch["visits"].T  # [l, b]
   prompt, frozen = losses.prompt(batch), jax.lax.stop_gradient(backbone(params))
   cut = router.windows(prompt, method.windows, method.split)
   logits = _training_logits(model, {**frozen, "routers": params["routers"]}, batch, cut, labels)
-  mask = jnp.broadcast_to(jnp.any(prompt, axis=1), labels.shape)
+  mask = jnp.broadcast_to(jnp.any(prompt, axis=1)[None], labels.shape)
   weights = objective.class_weights(batch["label_counts"][0], method.beta)
   each = objective.focal(logits, labels, weights, method.gamma)
   pair = losses.masked_sum(each, mask)

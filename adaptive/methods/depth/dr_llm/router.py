@@ -71,8 +71,9 @@ def windows(prompt: jax.Array, number: int, split: Split) -> Windows:
 def logits(router: Params, streams: jax.Array) -> jax.Array:
   """One router on means of the residual stream, float32 [..., d] -> [..., 3]."""
   weights = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), router)
-  hidden = jax.nn.gelu(streams @ weights["hidden"] + weights["hidden_bias"], approximate=True)
-  return hidden @ weights["weight"] + weights["bias"]
+  add = lambda x, bias: x + jnp.expand_dims(bias, range(x.ndim - 1))
+  hidden = jax.nn.gelu(add(streams @ weights["hidden"], weights["hidden_bias"]), approximate=True)
+  return add(hidden @ weights["weight"], weights["bias"])
 
 
 def prompt_logits(router: Params, x: jax.Array, cut: Windows) -> jax.Array:
@@ -101,10 +102,10 @@ def decide(scores: jax.Array, weights: jax.Array | Sequence[float]) -> jax.Array
   Where two are equally likely the cheaper one is taken, except that a layer is executed rather than skipped.
   """
   weights = jnp.asarray(weights, jnp.float32)
-  fixed = jnp.stack([weights[0], weights[2], weights[3]])
-  mixed = weights[1] * jax.nn.softmax(scores, axis=-1) + fixed
-  execute = mixed[..., 1]
-  skip, repeat = mixed[..., 0] > jnp.maximum(execute, mixed[..., 2]), mixed[..., 2] > execute
+  fixed = weights[0], weights[2], weights[3]
+  skip, execute, repeat = jnp.unstack(weights[1] * jax.nn.softmax(scores, axis=-1), axis=-1)
+  skip, execute, repeat = skip + fixed[0], execute + fixed[1], repeat + fixed[2]
+  skip, repeat = skip > jnp.maximum(execute, repeat), repeat > execute
   return jnp.where(skip, 0, jnp.where(repeat, 2, 1)).astype(jnp.int32)
 
 

@@ -173,7 +173,7 @@ def realised(rows: jax.Array, real: jax.Array) -> Mapping[str, SumCount]:
   """
   number = jnp.sum(real, dtype=jnp.float32)
   count = lambda mask: jnp.sum(mask & real, dtype=jnp.float32)
-  found = {"layers": (jnp.sum(rows * real, dtype=jnp.float32), number)}
+  found = {"layers": (jnp.sum(rows * real[None], dtype=jnp.float32), number)}
   for which in range(rows.shape[0]):
     found[f"skipped/{which}"] = count(rows[which] == 0), number
     found[f"repeated/{which}"] = count(rows[which] == MOST), number
