@@ -160,20 +160,32 @@ class DataConfig:
 
   Attributes:
     source: `stdlib` is the source code of the running interpreter's standard library; `files` reads `path`; `tfds`
-      reads a prepared TensorFlow Datasets set through `tfds.data_source` (no TensorFlow).
-    path: for `files`: a folder (every file below it) or a glob such as `corpus/**/*.txt`.
+      reads a prepared TensorFlow Datasets set through `tfds.data_source` (no TensorFlow); `questions` reads `path`, and
+      scores the answers only.
+    path: for `files`: a folder (every file below it) or a glob such as `corpus/**/*.txt`. For `questions`: a JSONL file
+      (see `adaptive.data.questions`) to learn from.
+    validation_path: for `questions`: the file of those held out. Empty: held out of `path`, as `validation_fraction`
+      says.
+    labels: for `questions`: what a search found for them (see `adaptive.data.labels`). Those without a label are left
+      out. Empty: none.
+    prefix: what stands before a question, and before what is scored or continued: `bos`, as before every document, or
+      what the tokenizer's own `template` puts there, to which a published model is used. Packed text always has `bos`.
     tfds_name, tfds_data_dir, tfds_text_key: data set, where it lies (empty: TFDS's default), the feature with the text.
     tfds_train_split, tfds_validation_split: TFDS's words for the two splits.
     tokenizer: `bytes`, or the path of a Hugging Face `tokenizer.json`.
     seq_len: tokens in a row.
     batch_size: rows in a step, over all hosts and devices.
-    validation_fraction: of `stdlib` and `files`: a file belongs to validation by the hash of its relative path.
+    validation_fraction: of `stdlib` and `files`: a file belongs to validation by the hash of its relative path; of
+      `questions`: a question by that of its id.
     bad_files: what to do with a file (an example of TFDS) that cannot be read or is not UTF-8: refuse the data, or name
       it in a warning and leave it out. An empty file is left out and counted.
   """
 
-  source: Literal["stdlib", "files", "tfds"] = "stdlib"
+  source: Literal["stdlib", "files", "tfds", "questions"] = "stdlib"
   path: str = ""
+  validation_path: str = ""
+  labels: str = ""
+  prefix: Literal["bos", "template"] = "bos"
   tfds_name: str = ""
   tfds_data_dir: str = ""
   tfds_text_key: str = "text"
@@ -192,7 +204,11 @@ class DataConfig:
       0.0 < self.validation_fraction < 1.0,
       f"data.validation_fraction must lie between 0 and 1, got {self.validation_fraction}",
     )
-    require(self.source != "files" or bool(self.path), "data.source='files' needs data.path")
+    reads_path = self.source in ("files", "questions")
+    require(not reads_path or bool(self.path), f"data.source={self.source!r} needs data.path")
+    for field in ("validation_path", "labels"):
+      fits = self.source == "questions" or not getattr(self, field)
+      require(fits, f"data.{field} is for data.source='questions', not for {self.source!r}")
     require(self.source != "tfds" or bool(self.tfds_name), "data.source='tfds' needs data.tfds_name")
 
 

@@ -15,7 +15,7 @@ from adaptive.config import ConfigError
 from adaptive.data.sources import Document
 from adaptive.data.tokenizers import Tokenizer
 
-_FIELDS = ("inputs", "targets", "segment_ids", "positions")
+FIELDS = ("inputs", "targets", "segment_ids", "positions")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -69,11 +69,11 @@ class PackedRows:
       segment + 1,
       predictions - begins[segment],
     )
-    return dict(zip(_FIELDS, row))
+    return dict(zip(FIELDS, row))
 
   def padding_row(self) -> dict[str, np.ndarray]:
     """A row without predictions, shaped like any other."""
-    return dict(zip(_FIELDS, np.zeros((4, self.seq_len), np.int32)))
+    return dict(zip(FIELDS, np.zeros((4, self.seq_len), np.int32)))
 
 
 def pack(documents: Sequence[Document], tokenizer: Tokenizer, seq_len: int) -> PackedRows:
@@ -82,14 +82,19 @@ def pack(documents: Sequence[Document], tokenizer: Tokenizer, seq_len: int) -> P
   Raises:
     ConfigError: the tokenizer gave an id outside its own vocabulary (on a device this would pass unseen).
   """
-  dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
-  parts, starts = [np.zeros(0, dtype)], np.zeros(len(documents) + 1, np.int64)
+  parts, starts = [stored([], tokenizer)], np.zeros(len(documents) + 1, np.int64)
   for i, document in enumerate(tqdm.tqdm(documents, desc="tokenise", unit="document", delay=2.0, disable=None)):
     ids = np.concatenate(([tokenizer.bos], tokenizer.encode(document.text), [tokenizer.eos]))
-    if ids.min() < 0 or ids.max() >= tokenizer.vocab_size:
-      found = f"{ids.min()} .. {ids.max()}"
-      raise ConfigError(f"{document.name!r}: token ids {found} lie outside 0 .. {tokenizer.vocab_size - 1}")
-    parts.append(ids.astype(dtype))
+    parts.append(stored(ids, tokenizer, document.name))
     starts[i + 1] = starts[i] + len(ids) - 1
   num_bytes = sum(len(document.text.encode("utf-8")) for document in documents)
   return PackedRows(np.concatenate(parts), starts, seq_len, num_bytes)
+
+
+def stored(ids: Sequence[int], tokenizer: Tokenizer, name: str = "") -> np.ndarray:
+  """Ids [t] of the named text in the smallest type that holds all of the tokenizer's; ConfigError for any other."""
+  ids = np.asarray(ids, np.int64)
+  if ids.size and (ids.min() < 0 or ids.max() >= tokenizer.vocab_size):
+    found = f"{ids.min()} .. {ids.max()}"
+    raise ConfigError(f"{name!r}: token ids {found} lie outside 0 .. {tokenizer.vocab_size - 1}")
+  return ids.astype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)

@@ -12,10 +12,12 @@ from jax.sharding import Mesh
 
 from adaptive import sharding
 from adaptive.config import DataConfig, require
-from adaptive.data import packing, sources, tokenizers
+from adaptive.data import packing, question_rows, sources, tokenizers
 from adaptive.data.packing import PackedRows
+from adaptive.data.question_rows import QuestionRows
 
 Batch = dict[str, jax.Array]
+Rows = PackedRows | QuestionRows
 
 _VALIDATION_SEED = 0
 
@@ -27,8 +29,8 @@ class Dataset:
   `tokens_fingerprint`, 16 hex digits, is of the tokens, which another tokenizer under the same name changes.
   """
 
-  train: PackedRows
-  validation: PackedRows
+  train: Rows
+  validation: Rows
   tokenizer: tokenizers.Tokenizer
   description: str
   fingerprint: str
@@ -41,16 +43,16 @@ class Dataset:
     return prints | {"batch": batch, "epoch": epoch, "row_of_epoch": row}
 
 
-def load(config: DataConfig, vocab_size: int) -> Dataset:
+def load(config: DataConfig, vocab_size: int, num_layers: int | None = None) -> Dataset:
   """Reads, tokenises and packs the data that a config names.
 
   Args:
     config: the data section of an experiment.
-    vocab_size: of the model.
+    vocab_size, num_layers: of the model; without a number of layers, labels may have any.
 
   Raises:
-    ConfigError: anything about the data that cannot work (see `sources`, `tokenizers`), fewer training rows than one
-      batch, or a batch that the processes cannot share.
+    ConfigError: anything about the data that cannot work (see `sources`, `tokenizers`, `question_rows`), fewer training
+      rows than one batch, or a batch that the processes cannot share.
   """
   processes = jax.process_count()
   require(
@@ -59,17 +61,33 @@ def load(config: DataConfig, vocab_size: int) -> Dataset:
   )
   tokenizer = tokenizers.make_tokenizer(config)
   tokenizers.check_vocab(tokenizer, vocab_size)
-  corpus = sources.load_documents(config)
-  train = packing.pack(corpus.train, tokenizer, config.seq_len)
+  if config.source == "questions":
+    train, validation, description, fingerprint = question_rows.load(config, tokenizer, num_layers)
+  else:
+    train, validation, description, fingerprint = _packed(config, tokenizer)
   require(
     len(train) >= config.batch_size,
     f"data.batch_size={config.batch_size} is more than the {len(train)} training rows of data.seq_len="
-    f"{config.seq_len} tokens ({corpus.description})",
+    f"{config.seq_len} tokens ({description})",
   )
-  validation = packing.pack(corpus.validation, tokenizer, config.seq_len)
   digest = hashlib.sha256(train.tokens)
   digest.update(validation.tokens)
-  return Dataset(train, validation, tokenizer, corpus.description, corpus.fingerprint, digest.hexdigest()[:16])
+  return Dataset(train, validation, tokenizer, description, fingerprint, digest.hexdigest()[:16])
+
+
+def _packed(config: DataConfig, tokenizer: tokenizers.Tokenizer) -> tuple[Rows, Rows, str, str]:
+  """Both splits of text, its description and its fingerprint."""
+  corpus = sources.load_documents(config)
+  train, validation = (packing.pack(split, tokenizer, config.seq_len) for split in (corpus.train, corpus.validation))
+  return train, validation, corpus.description, corpus.fingerprint
+
+
+def row_shapes(config: DataConfig, num_layers: int) -> dict[str, tuple[int, ...]]:
+  """What a training row holds, by shape, without its data; all of it is int32."""
+  if config.source != "questions":
+    return dict.fromkeys(packing.FIELDS, (config.seq_len,))
+  label = {"visits": (num_layers,), "label_counts": (question_rows.NUM_CLASSES,)} if config.labels else {}
+  return dict.fromkeys(question_rows.FIELDS, (config.seq_len,)) | label
 
 
 def batch_indices(num_rows: int, batch_size: int, seed: int, step: int) -> np.ndarray:
@@ -89,8 +107,8 @@ def _shuffled(num_rows: int, seed: int, places: range) -> np.ndarray:
   return np.array([order[place] for place in places], np.int64)
 
 
-def host_batch(rows: PackedRows, batch_size: int, seed: int, step: int, places: np.ndarray) -> dict[str, np.ndarray]:
-  """One host's part of a step's batch, int32 [len(places), t] each (see `PackedRows.__getitem__`).
+def host_batch(rows: Rows, batch_size: int, seed: int, step: int, places: np.ndarray) -> dict[str, np.ndarray]:
+  """One host's part of a step's batch, int32 [len(places), ...] each (see `__getitem__` of the rows).
 
   Args:
     places: which rows of the global batch the host holds, as `host_places` says. The batch itself does not depend on
@@ -112,16 +130,16 @@ def host_places(mesh: Mesh, batch_size: int) -> np.ndarray:
   return np.unique(np.concatenate([np.arange(batch_size)[rows] for rows in held]))
 
 
-def _stack(rows: PackedRows, indices: np.ndarray) -> dict[str, np.ndarray]:
-  """Rows by index as one array per field, int32 [b, t]; index -1 stands for a row of padding."""
+def _stack(rows: Rows, indices: np.ndarray) -> dict[str, np.ndarray]:
+  """Rows by index as one array per field, int32 [b, ...]; index -1 stands for a row of padding."""
   chosen = [rows.padding_row() if index < 0 else rows[int(index)] for index in indices]
   return {name: np.stack([row[name] for row in chosen]) for name in chosen[0]}
 
 
 def train_batches(
-  rows: PackedRows, batch_size: int, seed: int, start_step: int, stop_step: int, mesh: Mesh, prefetch: int = 2
+  rows: Rows, batch_size: int, seed: int, start_step: int, stop_step: int, mesh: Mesh, prefetch: int = 2
 ) -> Iterator[Batch]:
-  """Global batches, int32 [b, t] each, of steps start_step .. stop_step - 1, made ahead by a thread.
+  """Global batches, int32 [b, ...] each, of steps start_step .. stop_step - 1, made ahead by a thread.
 
   The thread starts with the first `next` and ends with the iterator, also when that is closed or dropped early. What
   goes wrong in it is raised by `next`.
@@ -141,8 +159,8 @@ def train_batches(
     yield from batches
 
 
-def validation_batches(rows: PackedRows, num_rows: int, batch_size: int, mesh: Mesh) -> Iterator[Batch]:
-  """Global batches, int32 [b, t] each, of the first num_rows rows (or all) of a fixed shuffle.
+def validation_batches(rows: Rows, num_rows: int, batch_size: int, mesh: Mesh) -> Iterator[Batch]:
+  """Global batches, int32 [b, ...] each, of the first num_rows rows (or all) of a fixed shuffle.
 
   The same rows in the same order at every call, for any seed of the run. The last batch is filled up with rows of
   padding (segment_ids 0), so that all batches have one shape.

@@ -82,6 +82,10 @@ def json_object(line: bytes, where: str) -> Mapping[str, Any]:
   except (ValueError, RecursionError) as error:  # of the first kind is what is not UTF-8, too
     raise ConfigError(f"{where} is not JSON: {error}") from error
   require(isinstance(found, dict), f"{where} is not a JSON object")
+  try:
+    json.dumps(found, ensure_ascii=False).encode("utf-8")
+  except UnicodeEncodeError as error:  # JSON can spell out what no text can hold
+    raise ConfigError(f"{where} holds half of a character") from error
   return found
 
 

@@ -72,7 +72,7 @@ def load_documents(config: DataConfig) -> Corpus:
     train=train,
     validation=validation,
     description=f"{label}: {count} {unit}, {megabytes:.2f} MB",
-    fingerprint=_fingerprint(train=train, validation=validation),
+    fingerprint=fingerprint(train=train, validation=validation),
   )
 
 
@@ -158,15 +158,20 @@ def _read(path: pathlib.Path, skip_bad: bool) -> str | None:
 def _split(documents: list[Document], config: DataConfig) -> tuple[list[Document], list[Document]]:
   """(train, validation) by the hash of the name, or, where that leaves one empty, by cutting every document."""
   fraction = config.validation_fraction
-  held_out = [hashlib.sha256(os.fsencode(d.name)).digest()[0] < round(fraction * 256) for d in documents]
-  if any(held_out) and not all(held_out):
-    train = [d for d, out in zip(documents, held_out) if not out]
-    return train, [d for d, out in zip(documents, held_out) if out]
+  out = [held_out(os.fsencode(d.name), fraction) for d in documents]
+  if any(out) and not all(out):
+    train = [d for d, is_out in zip(documents, out) if not is_out]
+    return train, [d for d, is_out in zip(documents, out) if is_out]
   cuts = [_cut(d.text, fraction) for d in documents]
   train = [Document(d.name, d.text[:cut]) for d, cut in zip(documents, cuts)]
   validation = [Document(d.name, d.text[cut:]) for d, cut in zip(documents, cuts) if cut < len(d.text)]
   require(bool(validation), f"data.source={config.source!r}: too little text to hold any of it out")
   return train, validation
+
+
+def held_out(name: bytes, fraction: float) -> bool:
+  """Whether what has this name belongs to validation: by its hash, and by nothing else."""
+  return hashlib.sha256(name).digest()[0] < round(fraction * 256)
 
 
 def _cut(text: str, fraction: float) -> int:
@@ -256,7 +261,8 @@ def _first_line(error: Exception) -> str:
   return f"{type(error).__name__}: {lines[0].strip()}" if lines else type(error).__name__
 
 
-def _fingerprint(**splits: list[Document]) -> str:
+def fingerprint(**splits: list[Document]) -> str:
+  """16 hex digits over names, contents and split."""
   digest = hashlib.sha256()
   for split, documents in splits.items():
     for name, text in documents:

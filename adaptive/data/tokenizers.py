@@ -31,13 +31,15 @@ class Tokenizer(Protocol):
   """What the data pipeline needs of a tokenizer.
 
   `vocab_size` is one more than the largest id; `bos` and `eos` stand at the two ends of every document (and may be
-  one id). `encode` adds neither and returns int32 [t]; `decode` leaves both out. `stream` is for the tokens that follow
-  those given, whose text it does not repeat.
+  one id). `prefix` is what the tokenizer's own template puts before a text. `encode` adds none of them and returns
+  int32 [t]; `decode` leaves bos and eos out. `stream` is for the tokens that follow those given, whose text it does not
+  repeat.
   """
 
   vocab_size: int
   bos: int
   eos: int
+  prefix: tuple[int, ...]
 
   def encode(self, text: str) -> np.ndarray: ...
 
@@ -52,6 +54,7 @@ class ByteTokenizer:
   vocab_size = 257
   bos = 256
   eos = 256
+  prefix = ()
 
   def encode(self, text: str) -> np.ndarray:
     return np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32)
@@ -174,6 +177,11 @@ class _PieceStream:
 def make_tokenizer(config: DataConfig) -> Tokenizer:
   """The tokenizer that `config.tokenizer` names."""
   return ByteTokenizer() if config.tokenizer == "bytes" else HuggingFaceTokenizer(os.path.expanduser(config.tokenizer))
+
+
+def prefix_of(tokenizer: Tokenizer, config: DataConfig) -> tuple[int, ...]:
+  """Tokens that stand before every question, and before every text that is scored or continued."""
+  return (tokenizer.bos,) if config.prefix == "bos" else tokenizer.prefix
 
 
 def check_vocab(tokenizer: Tokenizer, vocab_size: int) -> None:

@@ -11,8 +11,9 @@ from lm_eval.api.model import LM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from adaptive.config import require
+from adaptive.data.pieces import Piece, continuation
 from adaptive.data.tokenizers import Tokenizer
-from adaptive.evaluation.likelihood import Piece, Scorer, continuation
+from adaptive.evaluation.likelihood import Scorer
 from adaptive.generation.loop import Generator
 from adaptive.generation.sampling import Sampling
 from adaptive.generation.text import RowText

@@ -1,6 +1,6 @@
 """Log-probabilities of given continuations under a sub-model: what multiple choice and perplexity are made of."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -11,20 +11,12 @@ import tqdm
 from jax.sharding import Mesh
 
 from adaptive import sharding
+from adaptive.data.pieces import Piece, continuation
 from adaptive.methods.contract import Batch, Method, Params
 
+__all__ = ["Piece", "Score", "Scorer", "continuation"]
+
 _SMALLEST = 32
-
-
-class Piece(NamedTuple):
-  """Tokens of which some are given, and the others are scored.
-
-  Attributes:
-    tokens: ids. given: how many of them, from the first on, are not scored; at least one.
-  """
-
-  tokens: Sequence[int]
-  given: int
 
 
 class Score(NamedTuple):
@@ -83,24 +75,3 @@ def _bucket(length: int) -> int:
   """A length at least as long, of few, since each is compiled: steps of a quarter of the next power of two."""
   step = max(_SMALLEST, 1 << max((length - 1).bit_length() - 2, 0))
   return -(-length // step) * step
-
-
-def continuation(
-  encode: Callable[[str], Sequence[int]], prefix: Sequence[int], context: str, text: str, max_len: int
-) -> Piece:
-  """A text after its context, as one piece.
-
-  Both are tokenised together, as they would be written, and split where the context's own tokens end. Blanks at the
-  context's end count to the text, where tokenizers of words put them. What is too long loses its beginning.
-
-  Args:
-    prefix: tokens that stand before every context; where neither has one, the first of the text is given.
-  """
-  blanks = len(context) - len(context.rstrip())
-  if blanks and context.strip():
-    context, text = context[:-blanks], context[-blanks:] + text
-  before = [*prefix, *encode(context)] if context else [*prefix]
-  tokens = [*prefix, *encode(context + text)]
-  number = max(len(tokens) - len(before), 1)
-  kept = tokens[-(max_len + 1) :]
-  return Piece(kept, max(len(kept) - number, 1))

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from adaptive.config import ConfigError, require
-from adaptive.data.tokenizers import Tokenizer, check_vocab, make_tokenizer
+from adaptive.data.tokenizers import Tokenizer, check_vocab, make_tokenizer, prefix_of
 from adaptive.depth.exits import check_end
 from adaptive.generation import depthwise
 from adaptive.generation.drafts import Chooser, Fixed
@@ -79,7 +79,7 @@ def complete(workdir: str, request: Request) -> None:
   check_vocab(tokenizer, plan.experiment.model.vocab_size)
   check_end(plan.model, tokenizer.eos)
   published = Published(pathlib.Path(workdir)) if is_published(workdir) else None
-  request, prompts = _prompts(tokenizer, request, published)
+  request, prompts = _prompts(tokenizer, request, published, prefix_of(tokenizer, plan.experiment.data))
   stop_tokens = (tokenizer.eos,) if published is None else tuple({tokenizer.eos, *published.stop_tokens})
   max_len = data.seq_len if request.max_len is None else request.max_len
   check(prompts, request.max_new_tokens, request.seed, tokenizer.vocab_size, max_len)
@@ -111,13 +111,14 @@ def complete(workdir: str, request: Request) -> None:
   print(summary, file=sys.stderr)
 
 
-def _prompts(tokenizer: Tokenizer, request: Request, published: Published | None) -> tuple[Request, list[list[int]]]:
+def _prompts(
+  tokenizer: Tokenizer, request: Request, published: Published | None, prefix: Sequence[int]
+) -> tuple[Request, list[list[int]]]:
   """The ids that each prompt begins a row with, and the request with what of the prompts is to be shown."""
   template = published and published.chat_template
   require(not request.chat or template is not None, "--chat: this model has no chat template")
   try:
     if template is None or request.chat is False:
-      prefix = [tokenizer.bos] if published is None else tokenizer.prefix
       prompts = [[*prefix, *tokenizer.encode(prompt).tolist()] for prompt in request.prompts]
       empty = [i for i, prompt in enumerate(prompts) if not prompt]
       return request, [[tokenizer.bos] if i in empty else prompt for i, prompt in enumerate(prompts)]

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 
 from adaptive import sharding
+from adaptive.data import row_shapes
 from adaptive.training import state as states
 from adaptive.training.run import Plan, Run
 from adaptive.training.step import compile_step
@@ -75,8 +76,8 @@ def compile_train_step(plan: Plan) -> jax.stages.Compiled:
   """The training step of a plan's first choice of sub-models, from shapes alone."""
   e, where = plan.experiment, sharding.batch_sharding(plan.mesh)
   state = states.abstract(plan.model, plan.optimizer, plan.mesh)
-  rows = jax.ShapeDtypeStruct((e.data.batch_size, e.data.seq_len), np.int32, sharding=where)
-  batch = dict.fromkeys(("inputs", "targets", "segment_ids", "positions"), rows)
+  rows = lambda shape: jax.ShapeDtypeStruct((e.data.batch_size, *shape), np.int32, sharding=where)
+  batch = {name: rows(shape) for name, shape in row_shapes(e.data, e.model.num_layers).items()}
   choice = plan.method.sample(plan.model, e.seed, 0)
   choice = choice if plan.method.static_choice(plan.model) else np.asarray(choice, np.int32)
   step = compile_step(plan.method, plan.model, plan.optimizer, plan.mesh, e.seed, e.training.grad_accum)

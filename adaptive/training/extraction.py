@@ -66,7 +66,7 @@ def _write_hugging_face(workdir: str, dense: Experiment, params: Params, output:
       nn.unbox(params),
       dataclasses.replace(dense.data, seq_len=source.max_len or dense.data.seq_len) if source else dense.data,
       make_tokenizer(dense.data),
-      begins=source is None,
+      begins=source is None and dense.data.prefix == "bos",
       stop_tokens=source.stop_tokens if source else (),
       chat_template=source and source.chat_template,
     )

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from adaptive.config import ConfigError, require
-from adaptive.data.tokenizers import check_vocab, make_tokenizer
+from adaptive.data.tokenizers import check_vocab, make_tokenizer, prefix_of
 from adaptive.depth.exits import check_end
 from adaptive.evaluation.likelihood import Scorer
 from adaptive.generation.loop import Generator
@@ -85,7 +85,7 @@ def evaluate(workdir: str, request: Request) -> None:
   label = f"{pathlib.Path(workdir).absolute().name}, method {plan.method_name}, sub-model {submodel.name}"
   model = AdaptiveLM(
     tokenizer,
-    prefix=(tokenizer.bos,) if published is None else tokenizer.prefix,
+    prefix=prefix_of(tokenizer, plan.experiment.data),
     scorer=Scorer(plan.method, plan.model, params, index, plan.mesh, request.rows),
     generator=generator,
     max_len=plan.experiment.data.seq_len if request.max_len is None else request.max_len,

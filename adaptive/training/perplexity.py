@@ -11,10 +11,9 @@ import tqdm
 
 from adaptive import sharding
 from adaptive.config import require
-from adaptive.data.tokenizers import Tokenizer, check_vocab, make_tokenizer
+from adaptive.data.tokenizers import Tokenizer, check_vocab, make_tokenizer, prefix_of
 from adaptive.evaluation import quality
 from adaptive.methods.contract import Batch
-from adaptive.pretrained.published import is_published
 from adaptive.training.run import Plan, find_submodel, load_params, load_plan
 from adaptive.training.workdir import user_errors
 
@@ -55,8 +54,7 @@ def perplexity(workdir: str, request: Request) -> None:
   check_vocab(tokenizer, plan.experiment.model.vocab_size)
   window = min(plan.experiment.data.seq_len, 1024) if request.window is None else request.window
   require(window >= 2 and request.rows >= 1, f"window={window} and rows={request.rows} must be at least 2 and 1")
-  # Here every document begins with its boundary; a published model's tokenizer may put nothing before a text.
-  prefix = tokenizer.prefix if is_published(workdir) else (tokenizer.bos,)
+  prefix = prefix_of(tokenizer, plan.experiment.data)
   rows, share, size = _rows(request, tokenizer, prefix, window)
   _, params = load_params(plan, workdir, request.step)
   indices = [submodels.index(submodel) for submodel in chosen]

@@ -104,7 +104,7 @@ def assemble(method: Method, experiment: Experiment, training: bool = True) -> R
     ConfigError: the first thing that cannot work, from shapes to data.
   """
   planned = plan(method, experiment, training)
-  dataset = load_data(experiment.data, experiment.model.vocab_size)
+  dataset = load_data(experiment.data, experiment.model.vocab_size, experiment.model.num_layers)
   check_end(planned.model, dataset.tokenizer.eos)
   return Run(experiment, method, planned.model, planned.optimizer, planned.mesh, dataset)
 
@@ -144,7 +144,7 @@ def _settings(workdir: str, changes: Sequence[str], **overrides) -> tuple[Method
 def _published_config(model: Published) -> dict[str, Any]:
   """Of a dense run that would end with this model; its data are any, read with its tokenizer."""
   longest = min(model.max_len or _LONG_ROWS, _LONG_ROWS)
-  data = configs.DataConfig(tokenizer=model.tokenizer, seq_len=longest)
+  data = configs.DataConfig(tokenizer=model.tokenizer, seq_len=longest, prefix="template")
   experiment = Experiment(model=model.config, data=data, method=METHODS["dense"].Config())
   return config_dict.to_config_dict(experiment, "dense").to_dict()
 
