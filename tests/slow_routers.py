@@ -1,4 +1,4 @@
-"""Dr.LLM's routers one row, one layer and one window after the other, in NumPy; layers are run by the backbone's block."""
+"""Dr.LLM's routers in NumPy, one row, one layer and one window after the other; layers are the backbone's blocks."""
 
 import jax
 import jax.numpy as jnp

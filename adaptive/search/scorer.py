@@ -1,8 +1,8 @@
 """One compiled program that runs any layers any number of times: many questions, each on a path of its own, per call.
 
 Layers are scanned, and in each of them the pairs of question and path take turns: a layer's weights are read once for
-all of them. A pair costs the visits that it makes and nothing else. And less: two paths agree up to some layer, and what
-enters that layer is kept for the paths that a question was scored on last, so a new one begins where it first differs.
+all of them. A pair costs the visits that it makes, and less: two paths agree up to some layer, and what enters the
+layers is kept for the paths that a question was scored on last, so a new one begins where it first differs.
 """
 
 import time

@@ -3,15 +3,15 @@
 So an option costs its own tokens, and the head is asked only where a token of an option is predicted.
 """
 
-import os.path
+import itertools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from adaptive.config import require
+from adaptive.data.pieces import Piece, continuation
 from adaptive.data.questions import Question
-from adaptive.evaluation.likelihood import Piece, continuation
 
 STRIDE = 16  # lengths are filled up to its multiples: each is compiled once
 
@@ -20,7 +20,7 @@ class Tree(NamedTuple):
   """One question.
 
   Attributes:
-    inputs, positions, branch: of each token, int32 [t]; branch 0 is the prompt, o + 1 belongs to option o, -1 is padding.
+    inputs, positions, branch: of each token, int32 [t]; branch 0 is the prompt, o + 1 option o, -1 is filling.
     source, target, option: of each prediction that is scored, int32 [p]: index of the token that makes it, the token
       predicted, and whose it is; -1 is padding.
     options: how many there are.
@@ -50,7 +50,7 @@ def plant(question: Question, encode: Callable[[str], Sequence[int]], prefix: Se
     ConfigError: an option with its prompt is longer than `max_len` tokens.
   """
   texts = question.options or (question.answer_text,)
-  pieces = [continuation(encode, prefix, question.prompt, text, 1 << 30) for text in texts]
+  pieces = [continuation(encode, prefix, question.prompt, text) for text in texts]
   longest = max(len(piece.tokens) for piece in pieces)
   require(longest <= max_len + 1, f"question {question.id!r} has {longest} tokens, more than max_len={max_len}")
   return _tree(pieces)
@@ -59,7 +59,8 @@ def plant(question: Question, encode: Callable[[str], Sequence[int]], prefix: Se
 def _tree(pieces: Sequence[Piece]) -> Tree:
   rows = [list(map(int, piece.tokens)) for piece in pieces]
   # Where an option merges with the prompt's last token, the prompt that all share is shorter.
-  shared = min(len(os.path.commonprefix(rows)), *(piece.given for piece in pieces))
+  same = itertools.takewhile(lambda column: len(set(column)) == 1, zip(*rows))
+  shared = min([len(list(same)), *(piece.given for piece in pieces)])
   require(shared > 0, "a question's options share no token with its prompt: the model needs one before every text")
   tokens = [(token, place, 0) for place, token in enumerate(rows[0][:shared])]
   predictions = []

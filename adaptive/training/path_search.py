@@ -12,9 +12,8 @@ import tqdm
 
 from adaptive.config import require
 from adaptive.data.labels import Header, Label, LabelWriter, read_labels
-from adaptive.data.question_rows import prefix_of
 from adaptive.data.questions import Question, read_questions
-from adaptive.data.tokenizers import check_vocab, make_tokenizer
+from adaptive.data.tokenizers import check_vocab, make_tokenizer, prefix_of
 from adaptive.search import rewards, trees
 from adaptive.search.driver import search_many
 from adaptive.search.memory import Found, Search
@@ -65,7 +64,7 @@ def search(workdir: str, request: Request) -> None:
   plan = load_plan(workdir)
   tokenizer = make_tokenizer(plan.experiment.data)
   check_vocab(tokenizer, plan.experiment.model.vocab_size)
-  encode, prefix = lambda text: tokenizer.encode(text).tolist(), prefix_of(tokenizer)
+  encode, prefix = lambda text: tokenizer.encode(text).tolist(), prefix_of(tokenizer, plan.experiment.data)
   max_len = plan.experiment.data.seq_len if r.max_len is None else r.max_len
   planted = {question.id: trees.plant(question, encode, prefix, max_len) for question in questions}
   # Searched side by side, questions of one length share a program.

@@ -292,7 +292,8 @@ def test_focal_loss_and_its_gradient(gamma):
 def test_focal_loss_of_a_certain_router_is_finite():
   run = lambda x: jnp.sum(objective.focal(x, jnp.array([0]), jnp.ones(3), 0.5))
   value, grads = jax.value_and_grad(run)(jnp.array([[200.0, 0.0, 0.0]]))
-  assert np.isfinite(float(value)) and np.isfinite(grads).all()
+  assert np.isfinite(float(value))
+  assert np.isfinite(grads).all()
 
 
 @pytest.mark.parametrize(

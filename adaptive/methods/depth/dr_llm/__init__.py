@@ -147,7 +147,7 @@ def loss(model: DrLLM, params: Params, batch: Batch, choice, key, step) -> tuple
   require(
     "visits" in batch, "method dr_llm learns from labels of a search: set data.source='questions' and data.labels"
   )
-  config, method, labels = model.config, model.method, batch["visits"].T  # [l, b]
+  method, labels = model.method, batch["visits"].T  # [l, b]
   prompt, frozen = losses.prompt(batch), jax.lax.stop_gradient(backbone(params))
   cut = router.windows(prompt, method.windows, method.split)
   logits = _training_logits(model, {**frozen, "routers": params["routers"]}, batch, cut, labels)

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 
 from adaptive import losses
-from adaptive.methods.depth.dr_llm.router import CLASSES
 
 NAMES = ("skip", "execute", "repeat")
 

@@ -1,5 +1,6 @@
 """Dr.LLM's routers: windows of the prompt's stream, a small network for each layer, and the dial (Section 3.1)."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -89,7 +90,7 @@ def dial(budget: float) -> tuple[float, float, float, float]:
   """
   at = (-1.0, -0.5, 0.5, 1.0)
   found = [0.0] * len(at)
-  for i, (low, high) in enumerate(zip(at, at[1:])):
+  for i, (low, high) in enumerate(itertools.pairwise(at)):
     if low <= budget <= high:
       share = (budget - low) / (high - low)
       found[i], found[i + 1] = 1 - share, share

@@ -1,8 +1,8 @@
 """Layers that each prompt skips, executes or repeats: whole rows, and token by token on caches.
 
-Two visits of a layer keep keys and values of their own (`adaptive.depth.visits`). A row's tokens all make a visit or none
-does, so no token misses a key; where later tokens decide again, each for itself, keys of those that stayed away are not
-there (`hole`).
+Two visits of a layer keep keys and values of their own (`adaptive.depth.visits`). A row's tokens all make a visit or
+none does, so no token misses a key; where later tokens decide again, each for itself, keys of those that stayed away
+are not there (`hole`).
 """
 
 from collections.abc import Callable, Mapping
