@@ -4,16 +4,25 @@
 """
 
 
+def _lines(doc: dict) -> list[str]:
+  return [line.strip() for line in doc["options"].split("\n")]
+
+
 def options(doc: dict) -> list[str]:
   """The texts to choose from, without their letters."""
-  return [line.split(".", 1)[-1].strip() for line in doc["options"].split("\n")]
+  return [line.split(".", 1)[-1].strip() for line in _lines(doc)]
 
 
 def gold(doc: dict) -> int:
   """Which of them is right."""
-  return [line.strip() for line in doc["options"].split("\n")].index(doc["answer"].strip())
+  return _lines(doc).index(doc["answer"].strip())
+
+
+def is_answered(doc: dict) -> bool:
+  """Whether one of them is right."""
+  return (doc.get("answer") or "").strip() in _lines(doc)
 
 
 def answered(docs):
   """Those that have a right answer."""
-  return docs.filter(lambda doc: doc["answer"].strip() in [line.strip() for line in doc["options"].split("\n")])
+  return docs.filter(is_answered)
