@@ -1,4 +1,4 @@
-"""Monte-Carlo tree search over plans, after Dr.LLM (Heakl et al., arXiv 2510.12773, Section 3 and Algorithm 1).
+"""Monte-Carlo tree search over plans, after Dr.LLM (Heakl et al., arXiv 2510.12773, Algorithm 1).
 
 Departures, all towards a tree that branches. Algorithm 1, read literally, goes down to a leaf before it adds a child,
 which makes a chain; here a node with untried actions gets another child before anybody goes through it. Since a root

@@ -65,15 +65,14 @@ def random_edits(
 
 
 def _draws(memory: Memory, rng: np.random.Generator, limits: Limits, most: int, number: int) -> list[Visits]:
-  """So many random plans that were not seen; fewer where they are hard to come by."""
+  """So many random plans that were not seen, some perhaps twice; fewer where they are hard to come by."""
   drawn, idle = [], 0
   while len(drawn) < number and idle < _IDLE_DRAWS:
     visits = memory.default
     for _ in range(rng.integers(1, most + 1)):
       near = plans.edits(visits, limits)
       visits = near[rng.integers(len(near))] if near else visits
-    fresh = visits not in memory.rewards and visits not in drawn
-    drawn, idle = ([*drawn, visits], 0) if fresh else (drawn, idle + 1)
+    drawn, idle = ([*drawn, visits], 0) if visits not in memory.rewards else (drawn, idle + 1)
   return drawn
 
 

@@ -1,6 +1,6 @@
 """A plan: how often each layer of a model runs, layer after layer. Which plans there are, and what one action changes.
 
-The actions and the limits are those of Dr.LLM's search (Heakl et al., arXiv 2510.12773, Section 3): layers keep their
+The actions and the limits are those of Dr.LLM's search (Heakl et al., arXiv 2510.12773): layers keep their
 order, a run of one or two layers is skipped, a layer is repeated once more. Departure: a plan is the counts rather than
 the path, since under these limits each tells the other; the path of a plan is never longer than twice the model.
 """

@@ -1,6 +1,7 @@
 """Side by side: each search finds what it finds alone, and all that they ask for is one batch."""
 
 import functools
+import itertools
 
 import numpy as np
 import pytest
@@ -55,7 +56,11 @@ def test_a_batch_holds_what_all_of_them_ask_for():
   found = dict(search_many(questions(10), watched, 4))
   assert [(key, sum(visits)) for key, visits in batches[0]] == [(0, 12), (1, 12), (2, 12), (3, 12)]
   assert all(1 <= len({key for key, _ in batch}) <= 4 for batch in batches)
-  assert len(set(sum(batches, []))) == sum(map(len, batches)) == sum(one.evaluations for one in found.values())
+  assert (
+    len({one for batch in batches for one in batch})
+    == sum(map(len, batches))
+    == sum(one.evaluations for one in found.values())
+  )
   # Places are filled as they become free: no batch but the last ones has one.
   kept = [len({key for key, _ in batch}) for batch in batches]
   last = next(i for i, batch in enumerate(batches) if 9 in {key for key, _ in batch})
@@ -85,7 +90,7 @@ def test_progress_is_told():
   found = list(search_many(questions(9), evaluate, 4, told.append))
   assert told[-1] == Progress(9, 0, len(told), sum(one.evaluations for _, one in found))
   assert [one.batches for one in told] == list(range(1, len(told) + 1))
-  assert all(a.ended <= b.ended and a.evaluations < b.evaluations for a, b in zip(told, told[1:]))
+  assert all(a.ended <= b.ended and a.evaluations < b.evaluations for a, b in itertools.pairwise(told))
   assert max(one.running for one in told) == 4
 
 

@@ -66,11 +66,10 @@ def test_neighbours_are_allowed_distinct_and_one_action_away(visits, limits):
 
 @pytest.mark.parametrize("limits", [Limits(), Limits(1, 2), Limits(0, 1), Limits(2, 1), Limits(3, 3)])
 def test_actions_lead_to_every_plan(limits):
-  seen, border = {plans.default(5)}, [plans.default(5)]
+  seen, border = {plans.default(5)}, {plans.default(5)}
   while border:
-    border = [there for there in dict.fromkeys(itertools.chain(*(plans.edits(v, limits) for v in border)))]
-    border = [there for there in border if there not in seen]
-    seen.update(border)
+    border = {there for visits in border for there in plans.edits(visits, limits)} - seen
+    seen |= border
   assert seen == set(plans.every(5, limits))
 
 

@@ -2,6 +2,8 @@
 
 import functools
 import itertools
+import subprocess
+import sys
 
 import hypothesis
 import numpy as np
@@ -40,8 +42,6 @@ def rng(*seed):
 )
 def test_what_every_search_keeps_to(strategy, layers, budget, seed, limits, reward):
   reward = REWARDS[reward]
-  if layers != 3 and reward is REWARDS["without structure"]:
-    limits = Limits()
   found, asked = watched(STRATEGIES[strategy](layers, budget, rng(seed), limits), reward)
   seen = list(itertools.chain(*asked))
   assert asked[0] == [plans.default(layers)]
@@ -66,8 +66,8 @@ def test_the_whole_budget_is_used_where_there_are_plans_enough(strategy):
 
 def test_exhaustive_sees_all_plans_in_chunks():
   _, asked = watched(STRATEGIES["exhaustive"](5, 222, rng(0), width=100), without_structure)
-  assert [len(wanted) for wanted in asked] == [1, 100, 100, 21] or sum(map(len, asked)) == 222
-  assert set(itertools.chain(*asked)) == set(plans.every(5))
+  assert sorted(itertools.chain(*asked)) == sorted(plans.every(5))
+  assert asked[0] == [plans.default(5)]
   assert max(map(len, asked)) == 100
 
 
@@ -142,6 +142,20 @@ def test_hill_climb_never_goes_on_from_a_worse_plan():
   assert seen <= reached | {plans.default(10)}
 
 
+@pytest.mark.parametrize(("default", "start"), [(0.5, 0.75), (0.5, 0.25)])
+def test_hill_climb_goes_below_neither_its_start_nor_the_default(default, start):
+  """Plans without layer 0 are as good as the worse of the two, so nobody goes on from one."""
+  worse = min(default, start)
+  rewards = {(1,) * 6: default, (1, 2, 1, 1, 1, 1): start}
+  reward = lambda visits: rewards.get(visits, worse if visits[0] == 0 else 0.0)
+  search = STRATEGIES["hill_climb"](6, 100, rng(0), start=(1, 2, 1, 1, 1, 1))
+  _, asked = watched(search, reward)
+  assert (0, 2, 1, 1, 1, 1) in itertools.chain(*asked)
+  near = {(1,) * 6, (1, 2, 1, 1, 1, 1), *plans.shorter((1, 2, 1, 1, 1, 1))}
+  below = set(plans.shorter((1,) * 6)) if start < default else set()  # the way leads over the default, which will do
+  assert set(itertools.chain(*asked)) <= near | below
+
+
 def test_hill_climb_begins_anew_at_the_end_of_a_descent():
   """Skips in a row are limited: which of five useless layers went first decides how many may go."""
   task = Planted(frozenset([0, 6]))
@@ -160,6 +174,11 @@ def test_find_then_shrink_builds_a_tree_only_where_the_model_is_wrong():
   assert plans.length(found.visits) < plans.length(asked[first][0])
   for (before,) in asked[first + 1 :]:
     assert all(a <= b for a, b in zip(before, asked[first][0]))
+
+
+def test_the_room_does_not_wait_for_jax():
+  code = "import sys, adaptive.search.driver, adaptive.search.strategies; sys.exit('jax' in sys.modules)"
+  assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_find_then_shrink_stops_at_its_goal():
