@@ -24,7 +24,8 @@ class Rule:
   Attributes:
     exploration: c. length_penalty: lambda, for each model's worth of layers. chance: probability of a random child.
     widening: children that a node may have after one walk; after n walks, the root of n times as many. Not from the
-      paper: of 1, 2, 4, 8 and no limit, the smallest that righted planted questions as often as no limit did.
+      paper: of 1, 2, 4, 8 and no limit, the smallest that solves as many planted questions as no limit does, where one
+      repeat solves them (`benchmarks/layer_search.py`).
   """
 
   exploration: float = 1.8
