@@ -65,15 +65,14 @@ def random_edits(
 
 
 def _draws(memory: Memory, rng: np.random.Generator, limits: Limits, most: int, number: int) -> list[Visits]:
-  """So many random plans that were not seen; fewer where they are hard to come by."""
+  """So many random plans that were not seen, some perhaps twice; fewer where they are hard to come by."""
   drawn, idle = [], 0
   while len(drawn) < number and idle < _IDLE_DRAWS:
     visits = memory.default
     for _ in range(rng.integers(1, most + 1)):
       near = plans.edits(visits, limits)
       visits = near[rng.integers(len(near))] if near else visits
-    fresh = visits not in memory.rewards and visits not in drawn
-    drawn, idle = ([*drawn, visits], 0) if fresh else (drawn, idle + 1)
+    drawn, idle = ([*drawn, visits], 0) if visits not in memory.rewards else (drawn, idle + 1)
   return drawn
 
 
@@ -108,9 +107,12 @@ def shrink(memory: Memory, start: Visits, rng: np.random.Generator, limits: Limi
   """Goes from plan to shorter plan, until the budget is spent.
 
   A step tries the plans that are one action shorter in random order and goes to the first (of `width`, the best) whose
-  reward is neither below that of the plan it leaves nor below the default's. Where none is, the descent has ended, and
-  another begins at `start`, in another order: limits on skips in a row, and layers that can stand in for each other,
-  make many ends, and what was seen before costs nothing. When 10 descents in a row saw nothing new, the search ends.
+  reward is neither below that of the plan it leaves nor below the default's. Layers that could not go before, in this
+  descent, are tried again last: what a plan needs, shorter plans mostly need too.
+
+  Where no plan will do, the descent has ended, and another begins at `start`, in another order: limits on skips in a
+  row, and layers that can stand in for each other, make many ends. What was seen before costs nothing. When 10 descents
+  in a row saw nothing new, the search ends, whatever is left of the budget.
 
   A reward of 0 is no ground to go on: a plan that is as wrong as the last is no progress, so that of a model that is
   wrong the plans one action away are tried, and no others.
@@ -123,24 +125,39 @@ def shrink(memory: Memory, start: Visits, rng: np.random.Generator, limits: Limi
 
 
 def _descent(memory: Memory, here: Visits, rng: np.random.Generator, limits: Limits, width: int) -> Asking:
-  rewards = memory.rewards
-  near = _shuffled(plans.shorter(here, limits), rng)
+  rewards, failed = memory.rewards, set()
+  near = _promising_first(here, failed, rng, limits)
   while near:
     tried, near = near[:width], near[width:]
     yield from memory.ask(tried)
     floor = max(rewards[here], rewards[memory.default])
     better = [visits for visits in tried if _holds(rewards.get(visits, 0.0), floor)]
+    failed |= {_changed(here, visits) for visits in tried if visits not in better}
     if better:
       here = max(better, key=lambda visits: (rewards[visits], -plans.length(visits)))
-      near = _shuffled(plans.shorter(here, limits), rng)
+      near = _promising_first(here, failed, rng, limits)
+
+
+def _promising_first(
+  here: Visits, failed: set[frozenset[int]], rng: np.random.Generator, limits: Limits
+) -> list[Visits]:
+  """Plans one action shorter in random order, but those that change all layers of a change that failed come last."""
+
+  def doubtful(visits: Visits) -> bool:
+    layers = _changed(here, visits)
+    return any(change <= layers for change in failed)
+
+  near = plans.shorter(here, limits)
+  return sorted((near[i] for i in rng.permutation(len(near))), key=doubtful)
+
+
+def _changed(here: Visits, there: Visits) -> frozenset[int]:
+  """Layers that do not run as often in the one plan as in the other."""
+  return frozenset(layer for layer, (a, b) in enumerate(zip(here, there)) if a != b)
 
 
 def _holds(reward: float, floor: float) -> bool:
   return reward > 0 and reward >= floor
-
-
-def _shuffled(items: list[Visits], rng: np.random.Generator) -> list[Visits]:
-  return [items[i] for i in rng.permutation(len(items))]
 
 
 def greedy(
