@@ -24,7 +24,7 @@ _BUDGET = flags.DEFINE_integer("budget", 50, "Plans evaluated of a question, at 
 _REWARD = flags.DEFINE_string(
   "reward",
   "choice",
-  "choice or choice_per_character (of options), exact (a short answer) or likelihood (of a reference).",
+  "choice or margin (of options; also _per_character), exact (a short answer) or likelihood (of a reference).",
 )
 _SHARED = flags.DEFINE_bool("shared", False, "Search one plan that serves all questions.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of all that is drawn.", lower_bound=0)

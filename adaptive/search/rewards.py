@@ -1,7 +1,6 @@
 """What an answer is worth: rewards in 0 .. 1 from the scores of a question's options."""
 
 from collections.abc import Callable
-from typing import Literal
 
 import numpy as np
 
@@ -9,7 +8,6 @@ from adaptive.config import require
 from adaptive.data.questions import Question
 from adaptive.search.scorer import Options
 
-Kind = Literal["choice", "choice_per_character", "exact", "likelihood"]
 Reward = Callable[[Question, Options], float]
 
 
@@ -20,8 +18,30 @@ def choice(question: Question, scores: Options) -> float:
 
 def choice_per_character(question: Question, scores: Options) -> float:
   """1 when the right option is the likeliest by its mean over characters, which does not prefer short ones."""
-  lengths = np.array([max(len(option.strip()), 1) for option in question.options])
-  return float(np.argmax(scores.log_probs / lengths) == question.answer)
+  return float(np.argmax(_per_character(question, scores)) == question.answer)
+
+
+def margin(question: Question, scores: Options) -> float:
+  """At least 0.5 when the right option is the likeliest, and more the surer the model is of it.
+
+  Half of its probability among the options, and another half when it is the likeliest. Plans that only happen to keep a
+  narrow decision right are told from those that leave it as sure as it was.
+  """
+  return _margin(question, scores.log_probs)
+
+
+def margin_per_character(question: Question, scores: Options) -> float:
+  """`margin`, by the means over characters."""
+  return _margin(question, _per_character(question, scores))
+
+
+def _margin(question: Question, log_probs: np.ndarray) -> float:
+  shares = np.exp(log_probs - log_probs.max())
+  return float(0.5 * shares[question.answer] / shares.sum() + 0.5 * (np.argmax(log_probs) == question.answer))
+
+
+def _per_character(question: Question, scores: Options) -> np.ndarray:
+  return scores.log_probs / np.array([max(len(option.strip()), 1) for option in question.options])
 
 
 def exact(question: Question, scores: Options) -> float:
@@ -43,6 +63,8 @@ def _right(question: Question) -> int:
 REWARDS: dict[str, Reward] = {
   "choice": choice,
   "choice_per_character": choice_per_character,
+  "margin": margin,
+  "margin_per_character": margin_per_character,
   "exact": exact,
   "likelihood": likelihood,
 }
@@ -53,12 +75,12 @@ def find(kind: str, questions: list[Question]) -> Reward:
   require(kind in REWARDS, f"unknown reward {kind!r}; the rewards are {', '.join(REWARDS)}")
   without = [question.id for question in questions if not question.options]
   require(
-    not kind.startswith("choice") or not without,
+    not kind.startswith(("choice", "margin")) or not without,
     f"reward {kind!r} needs options, which question {without[0] if without else ''!r} lacks",
   )
   return REWARDS[kind]
 
 
-def goal(kind: str, default: float) -> float:
-  """The reward at which a question counts as answered: a right answer, or what the model itself gives a reference."""
-  return default if kind == "likelihood" else 1.0
+def goal(kind: str) -> float:
+  """The reward at which a question counts as answered; what the model gives a reference is always good enough."""
+  return {"likelihood": 0.0, "margin": 0.5, "margin_per_character": 0.5}.get(kind, 1.0)

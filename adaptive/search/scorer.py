@@ -5,6 +5,7 @@ all of them. A pair costs the visits that it makes, and less: two paths agree up
 layers is kept for the paths that a question was scored on last, so a new one begins where it first differs.
 """
 
+import math
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -19,6 +20,8 @@ from adaptive.backbone.transformer import Block, Params, Transformer
 from adaptive.config import ModelConfig
 from adaptive.search.trees import Tree
 from adaptive.search.visits import Visits
+
+_READ_TOGETHER = 4  # pairs whose predictions are read as one batch
 
 
 class Options(NamedTuple):
@@ -171,8 +174,11 @@ def _score(config: ModelConfig, options: int, together: int, params: Params, row
     wrong = (jnp.argmax(logits, axis=-1) != target).astype(jnp.float32)
     return jnp.einsum("np,npo->no", chosen, own), jnp.einsum("np,npo->no", wrong, own) == 0
 
-  found = jax.lax.map(read, (x, rows["source"], rows["target"], rows["option"]))
   join = lambda leaf: leaf.reshape(-1, *leaf.shape[2:])
+  # The head's weights are most of what a few predictions read.
+  at_once = math.gcd(_READ_TOGETHER, join(x).shape[0])
+  few = lambda leaf: leaf.reshape(-1, at_once, *leaf.shape[2:])
+  found = jax.lax.map(read, jax.tree.map(few, (x, rows["source"], rows["target"], rows["option"])))
   return *map(join, found), streams.reshape(streams.shape[0], -1, *streams.shape[3:])
 
 

@@ -13,7 +13,7 @@ from adaptive.config import require
 from adaptive.data.pieces import Piece, continuation
 from adaptive.data.questions import Question
 
-STRIDE = 16  # lengths are filled up to its multiples: each is compiled once
+STRIDE = 16  # tokens are filled up to its multiples, predictions to half of it: each length is compiled once
 
 
 class Tree(NamedTuple):
@@ -70,9 +70,9 @@ def _tree(pieces: Sequence[Piece]) -> Tree:
     for place in range(piece.given, len(row)):
       source = place - 1 if place - 1 < shared else place - 1 + start
       predictions.append((source, row[place], option))
-  return Tree(*_columns(tokens, (0, 0, -1)), *_columns(predictions, (0, 0, -1)), len(rows))
+  return Tree(*_columns(tokens, STRIDE), *_columns(predictions, STRIDE // 2), len(rows))
 
 
-def _columns(rows: Sequence[tuple[int, ...]], filling: tuple[int, ...]) -> list[np.ndarray]:
-  size = -(-len(rows) // STRIDE) * STRIDE
-  return list(np.array([*rows, *[filling] * (size - len(rows))], np.int32).T)
+def _columns(rows: Sequence[tuple[int, ...]], stride: int) -> list[np.ndarray]:
+  filling = [(0, 0, -1)] * (-len(rows) % stride)
+  return list(np.array([*rows, *filling], np.int32).T)

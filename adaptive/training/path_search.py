@@ -93,8 +93,8 @@ def _name(request: Request) -> str:
 
 
 def _search(request: Request, layers: int, seed: int) -> Search:
-  goal = 0.0 if request.reward == "likelihood" else 1.0  # the model's own probability is good enough
-  return STRATEGIES[request.strategy](layers, request.budget, np.random.default_rng(seed), goal=goal)
+  rng, goal = np.random.default_rng(seed), rewards.goal(request.reward)
+  return STRATEGIES[request.strategy](layers, request.budget, rng, goal=goal)
 
 
 def _seed(request: Request, name: str) -> int:
@@ -112,15 +112,16 @@ def _one_for_each(questions: Sequence[Question], scorer: PathScorer, reward, lay
   with tqdm.tqdm(total=len(questions), desc="searching", unit="question") as bar:
     show = lambda p: bar.set_postfix_str(f"{p.evaluations} plans evaluated")
     for i, found in search_many(searches, evaluate, r.width, show):
-      writer.write(_label(questions[i].id, found, layers, seeds[i]))
+      writer.write(_label(questions[i].id, found, layers, seeds[i], rewards.goal(r.reward)))
       scorer.forget(i)
       bar.update()
 
 
-def _label(name: str, found: Found, layers: int, seed: int) -> Label:
-  """Where nothing helped the model stays as it is: a short plan that is as wrong is no label."""
-  visits = found.visits if found.reward > 0 else default(layers)
-  return Label(name, found.default_reward, visits, found.reward, found.evaluations, seed)
+def _label(name: str, found: Found, layers: int, seed: int, goal: float) -> Label:
+  """Where nothing answers the question the model stays as it is: a plan that is as wrong is no label."""
+  solved = found.reward >= goal
+  visits, reward = (found.visits, found.reward) if solved else (default(layers), found.default_reward)
+  return Label(name, found.default_reward, visits, reward, found.evaluations, seed)
 
 
 def _one_for_all(questions: Sequence[Question], scorer: PathScorer, reward, layers: int, r: Request, writer) -> None:
@@ -138,7 +139,7 @@ def _one_for_all(questions: Sequence[Question], scorer: PathScorer, reward, laye
 
     ((_, found),) = search_many([(0, lambda: _search(r, layers, seed))], evaluate, 1)
   for question in questions:
-    writer.write(_label(question.id, found, layers, seed))
+    writer.write(Label(question.id, found.default_reward, found.visits, found.reward, found.evaluations, seed))
 
 
 def _tell_speed(scorer: PathScorer, seconds: float) -> None:
