@@ -75,6 +75,7 @@ def write(path, weights, kind=None, arch="llama", pre="smollm"):
 
 def params_of(path):
   plan = load_plan(str(path))
+  assert plan.experiment.data.prefix == "template", "before a text stands what the model was published with"
   return plan.experiment.model, load_params(plan, str(path))[1]
 
 
