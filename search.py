@@ -1,7 +1,7 @@
 """Searches, for each question of a file, which layers of a trained model to skip or to repeat (Dr.LLM's labels).
 
 python search.py --model=models/SmolLM2-135M-Instruct --questions=data/piqa_train.jsonl --labels=data/piqa_labels.jsonl
-python search.py --workdir=runs/graded --questions=data/pointers_train.jsonl --labels=data/labels.jsonl --reward=exact
+python search.py --workdir=runs/graded --questions=data/pointers_train.jsonl --labels=data/pointers_labels.jsonl
 
 The same command goes on with a label file that is not finished.
 """
@@ -23,8 +23,8 @@ _STRATEGY = flags.DEFINE_string(
 _BUDGET = flags.DEFINE_integer("budget", 50, "Plans evaluated of a question, at most.", lower_bound=1)
 _REWARD = flags.DEFINE_string(
   "reward",
-  "choice",
-  "choice or margin (of options; also _per_character), exact (a short answer) or likelihood (of a reference).",
+  "margin",
+  "margin, choice (each also with _per_character), exact or likelihood: see adaptive/search/rewards.py.",
 )
 _SHARED = flags.DEFINE_bool("shared", False, "Search one plan that serves all questions.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of all that is drawn.", lower_bound=0)

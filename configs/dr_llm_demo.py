@@ -3,8 +3,7 @@
 python tasks/make_graded.py --kind=pointers --levels=1,2,3 --size=8 --train=30000 --held_out=900 --folder=data
 python train.py --config=configs/dr_llm_demo.py:base --workdir=runs/graded
 head -n 1500 data/pointers_train.jsonl > data/pointers_searched.jsonl
-python search.py --workdir=runs/graded --questions=data/pointers_searched.jsonl --labels=data/pointers_labels.jsonl \
-  --reward=margin --budget=50
+python search.py --workdir=runs/graded --questions=data/pointers_searched.jsonl --labels=data/pointers_labels.jsonl
 python train.py --config=configs/dr_llm_demo.py --workdir=runs/dr_llm_demo
 python quiz.py --workdir=runs/dr_llm_demo --questions=data/pointers_held_out.jsonl
 """

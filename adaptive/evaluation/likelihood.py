@@ -59,16 +59,23 @@ class Scorer:
     return found
 
   def _batch(self, pieces: Sequence[Piece]) -> Batch:
-    """Rows filled up with padding, and those that are missing with rows of it; `scored` is which predictions count."""
     length = _bucket(max(len(piece.tokens) for piece in pieces) - 1)
-    names = ("inputs", "targets", "segment_ids", "positions", "scored")
-    batch = {name: np.zeros((self._rows, length), np.int32) for name in names}
-    for i, (tokens, given) in enumerate(pieces):
-      size = len(tokens) - 1
-      batch["inputs"][i, :size], batch["targets"][i, :size] = tokens[:-1], tokens[1:]
-      batch["segment_ids"][i, :size], batch["positions"][i, :size] = 1, np.arange(size)
-      batch["scored"][i, given - 1 : size] = 1
-    return sharding.global_batch(batch, self._mesh)
+    return sharding.global_batch(rows_of(pieces, self._rows, length), self._mesh)
+
+
+def rows_of(pieces: Sequence[Piece], rows: int, length: int) -> dict[str, np.ndarray]:
+  """Pieces as rows filled up with padding, and those that are missing as rows of it, int32 [rows, length] each.
+
+  `scored` is which predictions count.
+  """
+  names = ("inputs", "targets", "segment_ids", "positions", "scored")
+  batch = {name: np.zeros((rows, length), np.int32) for name in names}
+  for i, (tokens, given) in enumerate(pieces):
+    size = len(tokens) - 1
+    batch["inputs"][i, :size], batch["targets"][i, :size] = tokens[:-1], tokens[1:]
+    batch["segment_ids"][i, :size], batch["positions"][i, :size] = 1, np.arange(size)
+    batch["scored"][i, given - 1 : size] = 1
+  return batch
 
 
 def _bucket(length: int) -> int:

@@ -22,11 +22,14 @@ def choice_per_character(question: Question, scores: Options) -> float:
 
 
 def margin(question: Question, scores: Options) -> float:
-  """At least 0.5 when the right option is the likeliest, and more the surer the model is of it.
+  """At least 0.5 when the question is answered, and more the surer the model is of the answer.
 
-  Half of its probability among the options, and another half when it is the likeliest. Plans that only happen to keep a
-  narrow decision right are told from those that leave it as sure as it was.
+  Half of the right option's probability among the options, and another half when it is the likeliest; without options,
+  half of `likelihood` and half of `exact`. Plans that only happen to keep a narrow decision right are told from those
+  that leave it as sure as it was.
   """
+  if not question.options:
+    return 0.5 * likelihood(question, scores) + 0.5 * exact(question, scores)
   return _margin(question, scores.log_probs)
 
 
@@ -69,13 +72,15 @@ REWARDS: dict[str, Reward] = {
   "likelihood": likelihood,
 }
 
+_OF_OPTIONS = ("choice", "choice_per_character", "margin_per_character")
+
 
 def find(kind: str, questions: list[Question]) -> Reward:
-  """The reward of that name; ConfigError where a question has no options to choose from."""
+  """The reward of that name; ConfigError where it chooses, and a question has no options to choose from."""
   require(kind in REWARDS, f"unknown reward {kind!r}; the rewards are {', '.join(REWARDS)}")
   without = [question.id for question in questions if not question.options]
   require(
-    not kind.startswith(("choice", "margin")) or not without,
+    kind not in _OF_OPTIONS or not without,
     f"reward {kind!r} needs options, which question {without[0] if without else ''!r} lacks",
   )
   return REWARDS[kind]

@@ -40,7 +40,7 @@ class Request:
   limit: int | None = None
   strategy: str = "find_then_shrink"
   budget: int = 50
-  reward: str = "choice"
+  reward: str = "margin"
   shared: bool = False
   seed: int = 0
   width: int = 16

@@ -1,0 +1,117 @@
+"""Questions put to several contenders in turns: what they answer, how many layers they run, and how long they take.
+
+A contender is a sub-model, its twin that decides by chance, or a fixed path of layers. All see one question after the
+other, its options as the rows of one batch, so what a contender leaves out is time that it saves, and each is timed
+beside the others.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from adaptive import sharding
+from adaptive.data.pieces import Piece
+from adaptive.evaluation import likelihood
+from adaptive.methods.contract import Batch, Metrics, Output, Params
+
+STRIDE = 16  # rows are filled up to its multiples: each length is compiled once
+_RESAMPLED = 10_000
+
+
+class Contender(NamedTuple):
+  """Who is asked.
+
+  Attributes:
+    name: of its line in the table. params: for `forward`.
+    forward: (params, batch, index) -> logits; contenders that share the function share its programs.
+    index: of the sub-model; None where `forward` knows only one.
+  """
+
+  name: str
+  params: Params
+  forward: Callable[[Params, Batch, Any], Output]
+  index: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Answers:
+  """What a contender made of q questions.
+
+  Attributes:
+    log_probs, greedy: of each question's options [o]: their tokens' summed log-probability, and whether each token is
+      the likeliest.
+    realised: of each question, what `Output.aux` measured. seconds: [q] of each question.
+  """
+
+  log_probs: list[np.ndarray]
+  greedy: list[np.ndarray]
+  realised: list[Metrics]
+  seconds: np.ndarray
+
+
+def ask(
+  contenders: Sequence[Contender],
+  questions: Sequence[Sequence[Piece]],
+  mesh: Mesh,
+  report: Callable[[], None] = lambda: None,
+) -> list[Answers]:
+  """Puts every question to every contender, whose order changes from question to question.
+
+  Args:
+    questions: each one's options, after their prompt. report: called after every question.
+  """
+  parts, most = sharding.batch_parts(mesh), max(map(len, questions))
+  rows = -(-most // parts) * parts
+  programs = {contender.forward: jax.jit(_scored(contender.forward)) for contender in contenders}
+  found = [Answers([], [], [], np.zeros(len(questions))) for _ in contenders]
+  warm: set[tuple[Callable, int]] = set()
+  with jax.set_mesh(mesh):
+    for number, pieces in enumerate(questions):
+      length = -(-max(len(piece.tokens) - 1 for piece in pieces) // STRIDE) * STRIDE
+      batch = sharding.global_batch(likelihood.rows_of(pieces, rows, length), mesh)
+      for place in range(len(contenders)):
+        which = (place + number) % len(contenders)
+        one = contenders[which]
+        index = None if one.index is None else np.int32(one.index)
+        run = lambda one=one, index=index, batch=batch: programs[one.forward](one.params, batch, index)
+        if (one.forward, length) not in warm:
+          jax.block_until_ready(run())
+          warm.add((one.forward, length))
+        began = time.perf_counter()
+        sums, greedy, aux = jax.device_get(jax.block_until_ready(run()))
+        found[which].seconds[number] = time.perf_counter() - began
+        found[which].log_probs.append(np.asarray(sums[: len(pieces)], np.float64))
+        found[which].greedy.append(greedy[: len(pieces)])
+        found[which].realised.append(aux)
+      report()
+  return found
+
+
+def _scored(forward: Callable[[Params, Batch, Any], Output]) -> Callable:
+  def score(params: Params, batch: Batch, index: jax.Array | None):
+    logits, aux = forward(params, batch, index)
+    scored = batch["scored"]
+    chosen = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), batch["targets"][..., None], axis=-1)[..., 0]
+    right = jnp.argmax(logits, axis=-1) == batch["targets"]
+    return jnp.sum(chosen * scored, axis=1), jnp.all(right | (scored == 0), axis=1), aux
+
+  return score
+
+
+def added(realised: Sequence[Metrics]) -> Metrics:
+  """Of several questions together."""
+  return jax.tree.map(lambda *parts: float(sum(parts)), *realised) if realised else {}
+
+
+def interval(rewards: np.ndarray, others: np.ndarray, seed: int = 0) -> tuple[float, float, float]:
+  """Mean difference of the rewards [q] of two contenders, and its 95 % interval: questions drawn anew, in pairs."""
+  difference = rewards - others
+  draws = np.random.default_rng(seed).integers(0, len(difference), (_RESAMPLED, len(difference)))
+  low, high = np.quantile(difference[draws].mean(1), (0.025, 0.975))
+  return float(difference.mean()), float(low), float(high)
