@@ -28,7 +28,7 @@ def get_config(model="models/SmolLM2-135M-Instruct"):
     labels="data/piqa_labels.jsonl",
     tokenizer=published.tokenizer,
     prefix="template",
-    seq_len=256,
+    seq_len=64,
     batch_size=16,
   )
   config.training.update(steps=280, init_from=model)
