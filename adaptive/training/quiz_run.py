@@ -75,7 +75,7 @@ def run(workdir: str, request: Request) -> None:
     contenders = [*_by_chance(plan, params, chosen, pieces), *contenders]
   with tqdm.tqdm(total=len(questions), desc="asking", unit="question") as bar:
     answers = quiz.ask(contenders, pieces, plan.mesh, bar.update)
-  lines = [_line(plan, one, found, questions, reward) for one, found in zip(contenders, answers)]
+  lines = [_line(one, found, questions, pieces, reward) for one, found in zip(contenders, answers)]
   _compare(lines)
   print(f"{len(questions)} questions of {request.questions}, reward {request.reward}, {pathlib.Path(workdir).name}")
   print("\n".join(_table(lines)))
@@ -166,11 +166,10 @@ class Line:
   time: float = 1.0
 
 
-def _line(plan: Plan, one: Contender, found: Answers, questions: Sequence[Question], reward: Callable) -> Line:
-  each = zip(questions, found.log_probs, found.greedy, strict=True)
-  # Only `likelihood` asks how many tokens there are, and the mean over characters will do as well for it.
-  sizes = lambda q: np.array([max(len(text), 1) for text in q.options or (q.answer_text,)])
-  won = np.array([reward(q, Options(log_probs, sizes(q), greedy)) for q, log_probs, greedy in each])
+def _line(one: Contender, found: Answers, questions: Sequence[Question], pieces: Sequence, reward: Callable) -> Line:
+  sizes = [np.array([len(piece.tokens) - piece.given for piece in options]) for options in pieces]
+  each = map(Options, found.log_probs, sizes, found.greedy)
+  won = np.array([reward(question, scores) for question, scores in zip(questions, each, strict=True)])
   layers = [
     float(m["layers"][0]) / max(float(m["layers"][1]), 1.0) if "layers" in m else np.nan for m in found.realised
   ]
