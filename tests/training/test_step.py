@@ -27,6 +27,7 @@ SETTINGS = {
   # The budget's loss is of the mean over a batch, which micro-batches have to themselves.
   "first": dict(prompt_tokens=2, budget_loss=0.0),
   "mixture_of_depths": dict(capacity=0.5, router_loss=0.5),
+  "dr_llm": dict(hidden=4, windows=2),
   "sec": dict(exits=(1,)),
   "ponder": dict(num_recursions=2),
   "recurrent_depth": dict(prelude=1, core=1, num_recursions=1),
@@ -78,6 +79,10 @@ def test_one_by_eight_rows_equals_eight_by_one(case):
   model = method.build(DEEPER if name in ("first", "unified_skip") else MODEL, method.Config(**settings))
   tokens = np.sum(np.asarray(BATCH["segment_ids"]) > 0, axis=1)
   assert len(set(tokens.tolist())) > 1
+  batch, counted = BATCH, tokens.sum()
+  if name == "dr_llm":  # counts labels, of which all rows have as many
+    batch = BATCH | tiny.labels(MODEL, BATCH)
+    counted = batch["visits"].size
   descent = optim.optax.sgd(1.0)
   params = tiny.random_params(model)
   start = states.fresh(params, descent)
@@ -86,14 +91,14 @@ def test_one_by_eight_rows_equals_eight_by_one(case):
 
   def update(parts):
     step = make_step(method, model, descent, 0, parts)
-    return jax.jit(lambda state, batch: step(state, batch, choice))(start, BATCH)
+    return jax.jit(lambda state, batch: step(state, batch, choice))(start, batch)
 
   results = [update(parts) for parts in (1, 8)]
   moved = [jax.tree.map(lambda a, b: a - b, state.params, params) for state, _ in results]
   tiny.assert_trees_close(moved[1], moved[0], rtol=1e-6, atol=1e-6)
   metrics = [m for _, m in results]
   tiny.assert_trees_close(metrics[1], metrics[0], rtol=1e-6)
-  assert float(metrics[0]["loss"][1]) == tokens.sum() * len(choice)
+  assert float(metrics[0]["loss"][1]) == counted * len(choice)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
