@@ -29,12 +29,15 @@ def main(argv: list[str]) -> None:
   from adaptive.training import dry_run, loop
   from adaptive.training.profile import parse_window
   from adaptive.training.run import assemble
+  from adaptive.training.warm_start import check_source
 
   window = parse_window(_PROFILE.value, experiment.training.steps) if _PROFILE.value is not None else None
   if _WORKDIR.value:
     cli.use_compilation_cache(_WORKDIR.value, experiment.training.compilation_cache)
   run = assemble(method, experiment)
   if _DRY_RUN.value:
+    if experiment.training.init_from:
+      check_source(run)
     print(dry_run.describe(run))
   else:
     loop.train(run, _WORKDIR.value, window, _CHANGE.value)

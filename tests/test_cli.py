@@ -174,6 +174,10 @@ BAD = {  # name: (arguments after the config and the workdir, or the whole comma
     ["eval.py", "--workdir={made}", "--extract=depth=2,d_ff=3", "--output=x"],
     "no sub-model 'depth=2,d_ff=3'; did you mean depth=2,d_ff=32?",
   ),
+  "extract: a part of a name": (
+    ["eval.py", "--workdir={made}", "--extract=depth=2", "--output=x"],
+    "no sub-model 'depth=2'; with it there are depth=2,d_ff=16, depth=2,d_ff=32",
+  ),
   "extract: no output": (["eval.py", "--workdir={made}", "--extract=depth=1,d_ff=16"], "--extract needs --output"),
   "extract: no name": (["eval.py", "--workdir={made}", "--extract="], "--extract needs --output"),
   "generate: no workdir": (["generate.py", "--prompt=a"], "name one of --workdir, such as --workdir=runs/demo"),

@@ -34,8 +34,8 @@ from adaptive.training.state import TrainState
 from adaptive.training.step import compile_step
 from adaptive.training.stopping import StopRequest
 from adaptive.training.throughput import Throughput
-from adaptive.training.warm_start import initial_state
-from adaptive.training.workdir import in_use, keep_config, open_workdir, versions
+from adaptive.training.warm_start import check_source, initial_state
+from adaptive.training.workdir import CONFIG_FILE, in_use, keep_config, open_workdir, versions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +67,8 @@ def train(run: Run, workdir: str, profile: tuple[int, int] | None = None, change
   """
   started, settings = time.monotonic(), run.experiment.training
   cluster.agree("configs or data", run.config_json + run.dataset.fingerprint + run.dataset.tokens_fingerprint)
+  if settings.init_from and not (pathlib.Path(workdir) / CONFIG_FILE).exists():  # a run that goes on needs it no more
+    cluster.together(lambda: check_source(run))
   folder = cluster.together(lambda: open_workdir(workdir, run.config_json, change_config))
   with contextlib.ExitStack() as stack:
     enter = stack.enter_context

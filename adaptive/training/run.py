@@ -153,7 +153,9 @@ def find_submodel(run: Plan, name: str) -> SubModel:
   """The sub-model of that name, or the `full` one; ConfigError with the nearest name when there is none."""
   submodels = {s.name: s for s in run.method.submodels(run.model)}
   submodels["full"] = run.method.submodels(run.model)[-1]
-  require(name in submodels, f"no sub-model {name!r}; {configs.nearest(name, submodels)}")
+  with_it = [known for known in submodels if set(name.split(",")) < set(known.split(","))]
+  listed = f"with it there are {', '.join(with_it[:6])}" + (" and more" if len(with_it) > 6 else "")
+  require(name in submodels, f"no sub-model {name!r}; {listed if with_it else configs.nearest(name, submodels)}")
   return submodels[name]
 
 

@@ -8,7 +8,7 @@ from adaptive.config import ModelConfig, require
 from adaptive.methods import METHODS
 from adaptive.methods.contract import Params
 from adaptive.training import state as states
-from adaptive.training.run import Run, load_params, load_plan
+from adaptive.training.run import Plan, Run, load_params, load_plan
 from adaptive.training.state import TrainState
 
 # How a model computes may change; what it computes may not.
@@ -26,7 +26,9 @@ def initial_state(run: Run) -> TrainState:
   state = states.create(run.model, run.optimizer, run.mesh, e.seed, e.training.guard)
   if not e.training.init_from:
     return state
-  dense, source = _source(run)
+  plan = check_source(run)
+  dense = plan.method is METHODS["dense"]
+  source = load_params(dataclasses.replace(plan, mesh=run.mesh), e.training.init_from)[1]
   shapes = lambda tree: jax.tree.map(lambda leaf: leaf.shape, tree)
   require(
     dense or shapes(source) == shapes(state.params),
@@ -43,8 +45,12 @@ def initial_state(run: Run) -> TrainState:
     return dataclasses.replace(state, params=jax.jit(put_in, out_shardings=where)(state.params, source))
 
 
-def _source(run: Run) -> tuple[bool, Params]:
-  """Whether the trained model is a dense one, and its parameters."""
+def check_source(run: Run) -> Plan:
+  """The run, or published model, that this one begins with; reads no parameters.
+
+  Raises:
+    ConfigError: it does not go with this one, as far as its config says.
+  """
   workdir, wanted = run.experiment.training.init_from, run.experiment.model
   source = load_plan(workdir)  # the mesh that trained it need not exist here
   dense = source.method is METHODS["dense"]
@@ -59,4 +65,4 @@ def _source(run: Run) -> tuple[bool, Params]:
       there == here or field.name in _FREE,
       f"training.init_from={workdir} has model.{field.name}={there}, this run {here}: they must be equal",
     )
-  return dense, load_params(dataclasses.replace(source, mesh=run.mesh), workdir)[1]
+  return source

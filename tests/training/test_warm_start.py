@@ -116,8 +116,12 @@ def test_it_goes_on_and_is_evaluated_without_that_model(place, tmp_path):
   tiny.assert_trees_equal({name: part for name, part in params.items() if name != "exit_heads"}, trained)
 
 
-def test_what_does_not_fit_is_refused(place):
+def test_what_does_not_fit_is_refused_and_leaves_no_folder(place, tmp_path):
   data, workdir, _ = place
+  run = tiny_run.assemble(data, "dense", **{"training.init_from": workdir})
+  with pytest.raises(ConfigError, match="they must be equal"):
+    loop.train(run, str(tmp_path / "new"))
+  assert not (tmp_path / "new").exists()
   run = tiny_run.assemble(data, "dense", **{"training.init_from": workdir})
   with pytest.raises(ConfigError, match=r"has model.num_layers=4, this run 2: they must be equal"):
     warm_start.initial_state(run)
