@@ -186,4 +186,4 @@ def tree_mask(branch: jax.Array) -> jax.Array:
   """Which keys a token sees, bool [b, 1, t, t]: earlier ones of the prompt and of its own option. branch: [b, t]."""
   length = branch.shape[1]
   query, key = branch[:, :, None], branch[:, None, :]
-  return ((query == key) | (key == 0))[:, None] & jnp.tril(jnp.ones((length, length), bool))
+  return ((query == key) | (key == 0))[:, None] & jnp.tril(jnp.ones((length, length), bool))[None, None]
