@@ -122,7 +122,8 @@ def _whiskers(axis: Axes, family: Family, y: np.ndarray, colour: str) -> None:
   axis.hlines(y, median, np.fmax(p90, median), color=colour, linewidth=0.9, alpha=0.28, zorder=2)
 
 
-def _frame(axis: Axes, panel: Panel, families: Sequence[Family]) -> None:
+def frame(axis: Axes, title: str, note: str, x_label: str) -> None:
+  """What all pictures have in common: faint lines, a title at the left, a note at the right, names below."""
   axis.spines[["top", "right"]].set_visible(False)
   axis.spines[["left", "bottom"]].set_color(FAINT)
   axis.tick_params(colors=INK, length=3, color=FAINT, labelsize=9.5)
@@ -130,13 +131,17 @@ def _frame(axis: Axes, panel: Panel, families: Sequence[Family]) -> None:
   axis.set_axisbelow(True)
   axis.margins(x=0.09, y=0.13)
   axis.yaxis.set_major_locator(MaxNLocator(6))
+  axis.set_xlabel(x_label, color=INK, fontsize=10.5, labelpad=6)
+  axis.set_title(title, loc="left", color=INK, fontsize=11.5, fontweight="bold", pad=9)
+  axis.set_title(note, loc="right", color=FAINT, fontsize=9.5, pad=9)
+
+
+def _frame(axis: Axes, panel: Panel, families: Sequence[Family]) -> None:
   cost = np.concatenate([panel.points(family)[0] for family in families])
   cost = cost[np.isfinite(cost)]
   scale, prefix = _prefix(cost) if panel.cost != "step_ms" else (1.0, "")
+  frame(axis, panel.quality_label, panel.note, panel.cost_label.format(prefix))
   _cost_axis(axis, cost, scale)
-  axis.set_xlabel(panel.cost_label.format(prefix), color=INK, fontsize=10.5, labelpad=6)
-  axis.set_title(panel.quality_label, loc="left", color=INK, fontsize=11.5, fontweight="bold", pad=9)
-  axis.set_title(panel.note, loc="right", color=FAINT, fontsize=9.5, pad=9)
 
 
 def _prefix(cost: np.ndarray) -> tuple[float, str]:
@@ -169,14 +174,19 @@ def _heading(figure: Figure, families: Sequence[Family]) -> None:
     Line2D([], [], linestyle="none", marker="*", markersize=12, color=FAINT, markeredgecolor="white"),
     Line2D([], [], linestyle="none", marker="o", markersize=5, color=FAINT, alpha=0.5),
   ][: len(labels) - len(families)]
+  legend(figure, handles, labels)
+
+
+def legend(figure: Figure, handles: Sequence[Line2D], labels: Sequence[str]) -> None:
+  """Names above all panels."""
   # As many columns as there is room for: a character takes about 0.085 inches.
   columns = int(np.clip(figure.get_figwidth() // (0.085 * max(map(len, labels)) + 0.9), 1, len(labels)))
-  legend = figure.legend(
+  written = figure.legend(
     handles, [" "] * len(handles), loc="outside upper left", ncols=columns, frameon=False, fontsize=10.5,
     labelcolor=INK, handletextpad=0.5, columnspacing=2.0,
   )  # fmt: skip
   # Set afterwards and as plain text: a run's name may begin with an underscore or hold dollar signs.
-  for text, label in zip(legend.get_texts(), labels):
+  for text, label in zip(written.get_texts(), labels):
     text.set(text=label, parse_math=False)
 
 

@@ -17,8 +17,8 @@ from adaptive.data.labels import read_labels
 from adaptive.data.pieces import continuation
 from adaptive.data.questions import Question, read_questions
 from adaptive.data.tokenizers import check_vocab, make_tokenizer, prefix_of
-from adaptive.evaluation import quiz
-from adaptive.evaluation.quiz import Answers, Contender
+from adaptive.evaluation import quiz, quiz_plot
+from adaptive.evaluation.quiz import CHANCE, Answers, Contender, Line
 from adaptive.methods.contract import Output, Params, SubModel
 from adaptive.search import rewards
 from adaptive.search.scorer import Options
@@ -84,6 +84,7 @@ def run(workdir: str, request: Request) -> None:
     print("\n".join(_by_level(lines, questions, levels)))
   if request.output:
     _write(request, workdir, lines, questions)
+    print(f"picture: {_draw(request, lines, questions)}")
 
 
 def _pieces(questions: Sequence[Question], plan: Plan, max_len: int | None) -> list:
@@ -146,24 +147,7 @@ def _by_chance(plan: Plan, params: Params, chosen: Sequence[SubModel], pieces: S
   model, indices = twin
   random = lambda params, batch, index: plan.method.forward(model, params, batch, index)
   names = {submodel: index for submodel, index in zip(every, indices) if index is not None}
-  return [Contender(f"chance, as {s.name}", params, random, names[s]) for s in chosen if s in names]
-
-
-@dataclasses.dataclass
-class Line:
-  """Of one contender.
-
-  Attributes:
-    rewards, layers, seconds: of each question; layers are nan where nothing says how many ran.
-    against: mean difference of the rewards to the full model's, and its 95 % interval. time: share of the full model's.
-  """
-
-  name: str
-  rewards: np.ndarray
-  layers: np.ndarray
-  seconds: np.ndarray
-  against: tuple[float, float, float] = (0.0, 0.0, 0.0)
-  time: float = 1.0
+  return [Contender(f"{CHANCE}{s.name}", params, random, names[s]) for s in chosen if s in names]
 
 
 def _line(one: Contender, found: Answers, questions: Sequence[Question], pieces: Sequence, reward: Callable) -> Line:
@@ -206,12 +190,23 @@ def _by_level(lines: Sequence[Line], questions: Sequence[Question], levels: Sequ
 
 
 def _write(request: Request, workdir: str, lines: Sequence[Line], questions: Sequence[Question]) -> None:
-  listed = lambda line: {
-    name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in vars(line).items()
-  }
   asked = [{"id": question.id, "level": question.level} for question in questions]
   found = {"workdir": workdir, "questions": request.questions, "reward": request.reward, "asked": asked}
   with user_errors(f"cannot write {request.output}"):
     path = pathlib.Path(request.output)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**found, "contenders": [listed(line) for line in lines]}), encoding="utf-8")
+    path.write_text(json.dumps({**found, "contenders": [_listed(line) for line in lines]}), encoding="utf-8")
+
+
+def _listed(line: Line) -> dict[str, Any]:
+  """As JSON has it, which knows no nan: layers that nothing tells are null."""
+  fields = {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in vars(line).items()}
+  return {**fields, "layers": [None if np.isnan(layers) else layers for layers in fields["layers"]]}
+
+
+def _draw(request: Request, lines: Sequence[Line], questions: Sequence[Question]) -> pathlib.Path:
+  """Draws the picture beside the output, and says where."""
+  path = pathlib.Path(request.output).with_suffix(".png")
+  with user_errors(f"cannot write {path}"):
+    quiz_plot.plot_png(lines, [question.level for question in questions], path, f"Reward, {request.reward}")
+  return path
