@@ -23,6 +23,7 @@ METHOD = {
   "ponder": {"num_recursions": 2},
   "recurrent_depth": {"prelude": 0, "core": 1, "num_recursions": 2},
   "recursive": {"num_recursions": 2, "sharing": "cycle"},
+  "dr_llm": {"hidden": 8, "windows": 2, "budgets": (-0.6, -0.5)},
   "mixture_of_depths": {"capacity": 0.5, "capacity_scales": (0.5,)},
   "sec": {"exits": (1,)},
   "mixture_of_recursions": {"num_recursions": 2, "sharing": "cycle", "capacity_scales": (0.5,)},
