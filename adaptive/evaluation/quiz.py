@@ -33,12 +33,14 @@ class Contender(NamedTuple):
     name: of its line in the table. params: for `forward`.
     forward: (params, batch, index) -> logits; contenders that share the function share its programs.
     index: of the sub-model; None where `forward` knows only one.
+    layers: that every token runs, where `forward` does not measure it; nan where that is not known either.
   """
 
   name: str
   params: Params
   forward: Callable[[Params, Batch, Any], Output]
   index: int | None
+  layers: float = np.nan
 
 
 @dataclasses.dataclass(frozen=True)

@@ -124,14 +124,14 @@ def _contenders(
   require(not plans or dense is not None, f"fixed paths are those of a dense model, which {plan.method_name} has not")
   for path, layers in plans.items():
     found.append(_fixed(path, *dense, layers))
-  return [*found, Contender(every[-1].name, params, full, None)]
+  return [*found, Contender(every[-1].name, params, full, None, plan.experiment.model.num_layers)]
 
 
 def _fixed(path: str, config: Any, params: Params, layers: tuple[int, ...]) -> Contender:
   part = subnets.Subnet(layers, config.q_per_kv, config.d_ff)
   small, picked = subnets.config_of(config, part), subnets.extract(config, params, part)
   forward = lambda params, batch, _: Output(Transformer(small).apply({"params": params}, batch), {})
-  return Contender(f"fixed {pathlib.Path(path).stem}, {len(layers)} layers", picked, forward, None)
+  return Contender(f"fixed {pathlib.Path(path).stem}, {len(layers)} layers", picked, forward, None, len(layers))
 
 
 def _by_chance(plan: Plan, params: Params, chosen: Sequence[SubModel], pieces: Sequence) -> list[Contender]:
@@ -154,11 +154,8 @@ def _line(one: Contender, found: Answers, questions: Sequence[Question], pieces:
   sizes = [np.array([len(piece.tokens) - piece.given for piece in options]) for options in pieces]
   each = map(Options, found.log_probs, sizes, found.greedy)
   won = np.array([reward(question, scores) for question, scores in zip(questions, each, strict=True)])
-  layers = [
-    float(m["layers"][0]) / max(float(m["layers"][1]), 1.0) if "layers" in m else np.nan for m in found.realised
-  ]
-  if np.isnan(layers).all() and one.index is None:
-    layers = [one.params["layers"]["attention_norm"]["scale"].shape[0]] * len(questions)
+  ran = lambda measured: float(measured["layers"][0]) / max(float(measured["layers"][1]), 1.0)
+  layers = [ran(measured) if "layers" in measured else one.layers for measured in found.realised]
   return Line(one.name, won, np.array(layers, float), found.seconds)
 
 
@@ -181,8 +178,9 @@ def _table(lines: Sequence[Line]) -> list[str]:
 
 
 def _by_level(lines: Sequence[Line], questions: Sequence[Question], levels: Sequence[int]) -> list[str]:
-  width, of = max(len(line.name) for line in lines), np.array([question.level for question in questions])
-  rows = [f"{'reward / layers at level':{width}} " + " ".join(f"{level:>14}" for level in levels)]
+  title, of = "reward / layers at level", np.array([question.level for question in questions])
+  width = max(len(title), *(len(line.name) for line in lines))
+  rows = [f"{title:{width}} " + " ".join(f"{level:>14}" for level in levels)]
   for line in lines:
     cells = [f"{line.rewards[of == level].mean():7.4f} /{line.layers[of == level].mean():5.2f}" for level in levels]
     rows.append(f"{line.name:{width}} " + " ".join(f"{cell:>14}" for cell in cells))
