@@ -13,7 +13,7 @@ from adaptive.config import require
 from adaptive.data.pieces import Piece, continuation
 from adaptive.data.questions import Question
 
-STRIDE = 16  # tokens are filled up to its multiples, predictions to half of it: each length is compiled once
+STRIDE = 16  # tokens are filled up to its multiples, predictions to halves of that: each shape is compiled once
 
 
 class Tree(NamedTuple):
@@ -70,7 +70,8 @@ def _tree(pieces: Sequence[Piece]) -> Tree:
     for place in range(piece.given, len(row)):
       source = place - 1 if place - 1 < shared else place - 1 + start
       predictions.append((source, row[place], option))
-  return Tree(*_columns(tokens, STRIDE), *_columns(predictions, STRIDE // 2), len(rows))
+  columns = _columns(tokens, STRIDE)
+  return Tree(*columns, *_columns(predictions, len(columns[0]) // 2), len(rows))
 
 
 def _columns(rows: Sequence[tuple[int, ...]], stride: int) -> list[np.ndarray]:
