@@ -95,6 +95,7 @@ class PathScorer:
     stack = lambda name: np.stack([getattr(tree, name) for tree in trees] + [getattr(trees[0], name)] * filling)
     rows = {name: stack(name) for name in ("inputs", "positions", "branch", "source", "target", "option")}
     begun = [self._begin(question, visits) for question, visits in requests]
+    rows["option"][len(requests) :] = -1
     rows["visits"] = np.zeros((self._pairs, layers), np.int32)
     rows["start"] = np.zeros((self._pairs,), np.int32)
     rows["stream"] = np.zeros((self._pairs, shape[0], width), self._config.dtype)
@@ -178,7 +179,9 @@ def _score(config: ModelConfig, options: int, together: int, params: Params, row
   # The head's weights are most of what a few predictions read.
   at_once = math.gcd(_READ_TOGETHER, join(x).shape[0])
   few = lambda leaf: leaf.reshape(-1, at_once, *leaf.shape[2:])
-  found = jax.lax.map(read, jax.tree.map(few, (x, rows["source"], rows["target"], rows["option"])))
+  nothing = jnp.zeros((at_once, options)), jnp.zeros((at_once, options), bool)
+  some = lambda inputs: jax.lax.cond(jnp.any(inputs[-1] >= 0), read, lambda _: nothing, inputs)
+  found = jax.lax.map(some, jax.tree.map(few, (x, rows["source"], rows["target"], rows["option"])))
   return *map(join, found), streams.reshape(streams.shape[0], -1, *streams.shape[3:])
 
 
