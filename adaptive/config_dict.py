@@ -19,6 +19,7 @@ from adaptive.config import ConfigError, Experiment, nearest, require
 # Fields that may differ between a workdir's saved config and the command that resumes it: none changes what is learned.
 _FREE_ON_RESUME = (
   "evaluation", "mesh", "method.exit", "method.thresholds", "method.score_shifts", "method.capacity_scales",
+  "method.budgets", "method.when",
   "training.eval_every", "training.checkpoint_every", "training.log_every", "training.keep_checkpoints",
   "training.keep_best", "training.compilation_cache", "training.tensorboard", "training.wandb",
 )  # fmt: skip

@@ -62,6 +62,7 @@ def search(workdir: str, request: Request) -> None:
   questions = read_questions(r.questions)[: r.limit]
   reward = rewards.find(r.reward, questions)
   plan = load_plan(workdir)
+  next(_search(r, plan.experiment.model.num_layers, 0))  # where its settings cannot work, it does not begin
   tokenizer = make_tokenizer(plan.experiment.data)
   check_vocab(tokenizer, plan.experiment.model.vocab_size)
   encode, prefix = lambda text: tokenizer.encode(text).tolist(), prefix_of(tokenizer, plan.experiment.data)

@@ -151,7 +151,7 @@ def test_without_options_the_answer_is_to_be_written(place, capsys):
   _, workdir, held_out, options, _ = place
   quiz_run.run(workdir, Request(questions=held_out, limit=2, submodels=("full",)))
   assert f"2 questions of {held_out}, reward exact" in capsys.readouterr().out
-  quiz_run.run(workdir, Request(questions=options, limit=2, submodels=("full",), changes=("method.when=per_step",)))
+  quiz_run.run(workdir, Request(questions=options, limit=2, submodels=("full",)))
   assert "reward choice" in capsys.readouterr().out
 
 
@@ -246,7 +246,7 @@ def told(place):
   few = [*start, "--limit=2", "--submodel=budget=-0.5"]
   return shell.run_many({
     "works": [*few, f"--fixed={fixed}", "--nochance", f"--output={folder / 'command.json'}"],
-    "setting": [*few, "--set=method.when=per_step", "--reward=margin"],
+    "setting": [*few, "--set=method.when=per_step", "--set=method.budgets=(-0.55,-0.5)", "--reward=margin"],
     "no model": ["quiz.py", start[2]],
     "two models": [*start, "--model=x"],
     "missing questions": start[:2],
