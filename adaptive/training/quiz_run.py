@@ -60,6 +60,7 @@ def run(workdir: str, request: Request) -> None:
     ConfigError: anything that cannot work, most of it before parameters are read.
   """
   require(jax.process_count() == 1, "quiz.py runs in one process")
+  require(not request.output.endswith(".png"), f"--output={request.output} is for JSON; its picture comes by itself")
   questions = read_questions(request.questions)[: request.limit]
   request = dataclasses.replace(request, reward=request.reward or ("choice" if questions[0].options else "exact"))
   reward = rewards.find(request.reward, questions)

@@ -202,6 +202,7 @@ def test_what_cannot_be_is_refused(place, tmp_path):
   routed = quizzed.made(tmp_path / "routed", "mixture_of_depths")
   message = refused(workdir=routed, fixed=(fixed,))
   assert "fixed paths are those of a dense model, which mixture_of_depths has not" in message
+  assert "is for JSON; its picture comes by itself" in refused(output=str(tmp_path / "quiz.png"))
   blocked = tmp_path / "file"
   blocked.write_text("")
   assert "cannot write" in refused(output=str(blocked / "quiz.json"), submodels=("full",))
