@@ -28,6 +28,17 @@ def places(x: jax.Array, positions: jax.Array) -> jax.Array:
   return as_places(mixed + positions.astype(jnp.uint32) * factors[-1])
 
 
+def of_prompts(places: jax.Array, prompt: jax.Array) -> jax.Array:
+  """A number for every row's prompt, int32 [b], from those of its tokens [b, t], which are of it where `prompt` says.
+
+  Each is scrambled by itself first: of plain sums two prompts with the same tokens in another order would have one.
+  """
+  x = jax.lax.bitcast_convert_type(places, jnp.uint32)
+  for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):  # of MurmurHash3
+    x = (x ^ (x >> shift)) * jnp.uint32(factor)
+  return as_places(jnp.sum(jnp.where(prompt, x ^ (x >> 16), 0), axis=1, dtype=jnp.uint32))
+
+
 def as_places(values: jax.Array) -> jax.Array:
   """Numbers of four bytes each as places for noise, bit by bit."""
   return jax.lax.bitcast_convert_type(values, jnp.int32)

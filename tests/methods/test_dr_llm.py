@@ -360,6 +360,21 @@ def test_chance_skips_and_repeats_as_often_and_knows_no_token():
   assert float(jnp.abs(routed - by_chance).max()) > 1e-2
 
 
+def test_chance_tells_prompts_of_the_same_tokens_apart():
+  model = built()
+  params, rows = varied_params(model), 64
+  batch = questions([9] * rows)
+  orders = np.stack([np.random.default_rng(row).permutation(9) for row in range(rows)])
+  batch["inputs"] = batch["inputs"].at[:, :9].set(orders)
+  rates = tuple(((0.5, 0.0),) * LAYERS for _ in range(4))
+  aux = [
+    forward(model.clone(chance=rates), params, jax.tree.map(lambda x, i=i: x[i : i + 1], batch), 1).aux
+    for i in range(rows)
+  ]
+  skipped = {tuple(float(one[f"skipped/{layer}"][0]) > 0 for layer in range(LAYERS)) for one in aux}
+  assert len(skipped) > 8
+
+
 def test_costs_are_of_the_layers_that_ran():
   model = built()
   params, batch = varied_params(model), questions([5, 6, 7])

@@ -198,8 +198,7 @@ def _by_chance(model: DrLLM, params: Params, batch: Batch, prompt: jax.Array, in
   """Each prompt by noise of its tokens, at each layer's rates of skips and repeats."""
   rates = jnp.asarray(model.chance, jnp.float32)[index]
   x, _ = Transformer(model.config).apply({"params": backbone(params)}, batch, method="embed")
-  places = chance.places(x, batch["positions"])
-  documents = jnp.sum(jnp.where(prompt, places, 0), axis=1, dtype=jnp.int32)
+  documents = chance.of_prompts(chance.places(x, batch["positions"]), prompt)
 
   def choose(which: jax.Array, x: jax.Array, own: Params) -> jax.Array:
     noise = chance.noise(documents, which)
