@@ -141,7 +141,8 @@ def _by_chance(plan: Plan, params: Params, chosen: Sequence[SubModel], pieces: S
   traced = lambda params, batch, index: plan.method.forward(plan.model, params, batch, index)
   pilot = [pieces[i] for i in np.linspace(0, len(pieces) - 1, min(_PILOT, len(pieces)), dtype=int)]
   asked = [Contender(s.name, params, traced, i) for i, s in enumerate(every)]
-  realised = [quiz.added(found.realised) for found in quiz.ask(asked, pilot, plan.mesh)]
+  with tqdm.tqdm(total=len(pilot), desc="rates for chance", unit="question") as bar:
+    realised = [quiz.added(found.realised) for found in quiz.ask(asked, pilot, plan.mesh, bar.update)]
   twin = plan.method.at_random(plan.model, realised)
   if twin is None:
     return []
