@@ -7,6 +7,7 @@ Questions of equal length are searched side by side, and what the search asked f
 question by question, the options as the rows of one batch and the model's list of layers changed to the path's. Both
 score the options' tokens and nothing else is timed. The two take turns, group by group; programs of a length that was
 not seen before are compiled first, and how many were compiled after that is told. A Hugging Face folder is needed.
+Where others use the machine, give both one core (taskset -c 0, --threads=1): torch's threads wait for each other.
 """
 
 import argparse
@@ -49,6 +50,7 @@ class Peer:
     torch = self._torch
     path = [self._layers[layer] for layer, count in enumerate(visits) for _ in range(count)]
     self._model.model.layers = torch.nn.ModuleList(path)
+    self._model.config.num_hidden_layers = len(path)  # of a longer list the rest would be passed over
     tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(list(p.tokens)) for p in pieces], batch_first=True)
     lengths = torch.tensor([len(p.tokens) for p in pieces])[:, None]
     tokens, mask = tokens.to(self._device), (torch.arange(tokens.shape[1])[None] < lengths).long().to(self._device)

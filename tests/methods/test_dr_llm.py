@@ -9,6 +9,7 @@ import pytest
 import slow_routers
 import tiny
 
+from adaptive import losses
 from adaptive import subnet as subnets
 from adaptive.backbone.transformer import Transformer, init_params
 from adaptive.config import ConfigError, TrainingConfig
@@ -366,12 +367,10 @@ def test_chance_tells_prompts_of_the_same_tokens_apart():
   batch = questions([9] * rows)
   orders = np.stack([np.random.default_rng(row).permutation(9) for row in range(rows)])
   batch["inputs"] = batch["inputs"].at[:, :9].set(orders)
-  rates = tuple(((0.5, 0.0),) * LAYERS for _ in range(4))
-  aux = [
-    forward(model.clone(chance=rates), params, jax.tree.map(lambda x, i=i: x[i : i + 1], batch), 1).aux
-    for i in range(rows)
-  ]
-  skipped = {tuple(float(one[f"skipped/{layer}"][0]) > 0 for layer in range(LAYERS)) for one in aux}
+  random = model.clone(chance=(((0.5, 0.0),) * LAYERS,) * 4)
+  choose = dr_llm._by_chance(random, params, batch, losses.prompt(batch), 1)
+  plans = np.stack([choose(layer, None, None)[:, 0] for layer in range(LAYERS)], axis=1)
+  skipped = set(map(tuple, plans.tolist()))
   assert len(skipped) > 8
 
 
