@@ -24,7 +24,9 @@ _CHANCE = flags.DEFINE_bool("chance", True, "Ask those that decide also with cha
 _FIXED = flags.DEFINE_multi_string(
   "fixed", [], "Label file with a plan for all questions, as search.py --shared writes."
 )
-_MAX_LEN = flags.DEFINE_integer("max_len", None, "Tokens of the longest question; by default the run's data.seq_len.")
+_MAX_LEN = flags.DEFINE_integer(
+  "max_len", None, "Tokens of the longest question; by default the run's data.seq_len.", lower_bound=2
+)
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint to use; the newest by default.")
 _SET = flags.DEFINE_multi_string("set", [], "Setting to change that is not trained, such as method.when=per_step.")
 _OUTPUT = flags.DEFINE_string("output", "", "JSON file for everything measured; its picture is written beside it.")

@@ -32,7 +32,9 @@ _WIDTH = flags.DEFINE_integer("width", 16, "Questions searched side by side.", l
 _TOGETHER = flags.DEFINE_integer(
   "together", None, "Plans that run a layer as one batch; by default 1 on a CPU, else 8.", lower_bound=1
 )
-_MAX_LEN = flags.DEFINE_integer("max_len", None, "Tokens of the longest question; by default the run's data.seq_len.")
+_MAX_LEN = flags.DEFINE_integer(
+  "max_len", None, "Tokens of the longest question; by default the run's data.seq_len.", lower_bound=2
+)
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint to use; the newest by default.")
 
 

@@ -10,6 +10,7 @@ Lines are written when their question is done, so a search that was killed goes 
 """
 
 import dataclasses
+import fcntl
 import json
 import math
 import os
@@ -29,7 +30,8 @@ class Header:
   """What was searched.
 
   Attributes:
-    num_layers: of the model, and of every label. model: where it came from. questions: their file.
+    num_layers: of the model, and of every label. model: where it came from. questions: their file's name, and a
+      fingerprint of what is in it.
     strategy: of the search. budget: evaluations of one question, at most. reward: what was looked for.
     seed: of the whole search.
   """
@@ -129,17 +131,30 @@ class LabelWriter:
 
   def __enter__(self) -> "LabelWriter":
     first = _line({"format": FORMAT, "version": VERSION, **dataclasses.asdict(self._header)})
-    whole = self._done_before(first) if os.path.exists(self._path) else 0
     try:
       os.makedirs(os.path.dirname(self._path) or ".", exist_ok=True)
-      self._file = open(self._path, "r+b" if whole else "wb")
-      self._file.truncate(whole)  # what a killed search left of its last line
-      self._file.seek(whole)
+      self._file = open(self._path, "a+b")
     except OSError as error:
       raise ConfigError(f"cannot write {self._path!r}: {error.strerror or type(error).__name__}") from error
-    if not whole:
-      self._append(first)
+    try:
+      self._lock()
+      whole = self._done_before(first)
+      self._file.truncate(whole)  # what a killed search left of its last line
+      if not whole:
+        self._append(first)
+    except BaseException:
+      self._file.close()
+      raise
     return self
+
+  def _lock(self) -> None:
+    """Held until the file is closed, as that of a killed process is, too."""
+    try:
+      fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      raise ConfigError(f"another search is writing {self._path!r}") from None
+    except OSError:  # a file system without locks, as some mounted buckets are
+      pass
 
   def _done_before(self, first: bytes) -> int:
     """Bytes of the finished lines of the file that is there, and `done`."""

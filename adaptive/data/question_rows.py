@@ -14,11 +14,12 @@ from typing import NamedTuple
 
 import numpy as np
 import tqdm
+from absl import logging
 
 from adaptive.config import DataConfig, require
 from adaptive.data import labels, packing, sources
 from adaptive.data.pieces import continuation
-from adaptive.data.questions import Question, read_questions
+from adaptive.data.questions import Question, fingerprint, read_questions
 from adaptive.data.sources import Document
 from adaptive.data.tokenizers import Tokenizer, prefix_of
 
@@ -147,6 +148,9 @@ def _visits(config: DataConfig, num_layers: int | None) -> Mapping[str, tuple[in
     num_layers in (None, header.num_layers),
     f"data.labels={config.labels!r} are of a model of {header.num_layers} layers, not of model.num_layers={num_layers}",
   )
+  if header.questions != fingerprint(config.path):
+    message = "data.labels=%r are of the questions %s, data.path=%r is now %s: ids alone say whose a label is"
+    logging.warning(message, config.labels, header.questions, config.path, fingerprint(config.path))
   return {label.id: label.visits for label in found}
 
 

@@ -69,7 +69,7 @@ class AdaptiveLM(LM):
         pieces.append(Piece([*given, *scored], len(given)))
         owners.append(owner)
     totals = [0.0] * len(requests)
-    for owner, score in zip(owners, self._scorer(pieces, show=not disable_tqdm)):
+    for owner, score in zip(owners, self._scorer(pieces, show=not disable_tqdm, prompts=False)):
       totals[owner] += score.log_prob
     return totals
 

@@ -37,22 +37,28 @@ class Scorer:
     parts = sharding.batch_parts(mesh)
     self._params, self._mesh, self._rows = params, mesh, -(-rows // parts) * parts
 
-    def score(params: Params, batch: Batch):
-      logits, scored = method.forward(model, params, batch, index).logits, batch["scored"]
+    def score(params: Params, batch: Batch, prompts: bool):
+      scored = batch["scored"]
+      seen = batch if prompts else {name: rows for name, rows in batch.items() if name != "scored"}
+      logits = method.forward(model, params, seen, index).logits
       chosen = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), batch["targets"][..., None], axis=-1)[..., 0]
       right = jnp.argmax(logits, axis=-1) == batch["targets"]
       return jnp.sum(chosen * scored, axis=1), jnp.all(right | (scored == 0), axis=1)
 
-    self._score = jax.jit(score, out_shardings=sharding.replicated(mesh))
+    self._score = jax.jit(score, static_argnums=2, out_shardings=sharding.replicated(mesh))
 
-  def __call__(self, pieces: Sequence[Piece], show: bool = False) -> list[Score]:
-    """Scores in the order of the pieces; `show` draws a bar."""
+  def __call__(self, pieces: Sequence[Piece], show: bool = False, prompts: bool = True) -> list[Score]:
+    """Scores in the order of the pieces.
+
+    Args:
+      show: draws a bar. prompts: whether what is given is a prompt; otherwise pieces are parts of running text.
+    """
     order = sorted(range(len(pieces)), key=lambda i: -len(pieces[i].tokens))  # the longest first: memory fails at once
     found: list[Score | None] = [None] * len(pieces)
     with jax.set_mesh(self._mesh), tqdm.tqdm(total=len(pieces), desc="scoring", disable=not show) as bar:
       for start in range(0, len(order), self._rows):
         chosen = order[start : start + self._rows]
-        sums, right = self._score(self._params, self._batch([pieces[i] for i in chosen]))
+        sums, right = self._score(self._params, self._batch([pieces[i] for i in chosen]), prompts)
         for i, total, greedy in zip(chosen, np.asarray(sums), np.asarray(right)):
           found[i] = Score(float(total), bool(greedy))
         bar.update(len(chosen))

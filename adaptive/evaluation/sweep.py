@@ -85,9 +85,15 @@ def _at_random(
 def _latencies(
   method: Method, model: nn.Module, params: Params, experiment: Experiment, dataset: Dataset
 ) -> tuple[list[latency.Latency], dict[str, str]]:
-  """Of every sub-model, on the first device, and a note; nothing where several processes hold the parameters."""
+  """Of every sub-model, on the first device, and a note.
+
+  Nothing where rows are questions, which are no prompts of one length, or where several processes hold the parameters.
+  """
   if jax.process_count() > 1:
     print("latency is not measured with several processes: run eval.py on one of them", file=sys.stderr)
+    return [], {}
+  if "scored" in dataset.validation[0]:
+    print("latency is not measured on rows of questions: quiz.py times them", file=sys.stderr)
     return [], {}
   settings, submodels = experiment.evaluation, method.submodels(model)
   number = min(settings.rows, len(dataset.validation))

@@ -144,4 +144,4 @@ def mcts(
   memory = Memory(num_layers, budget)
   yield from memory.begin()
   yield from Tree(memory, rng, limits, rule).grow(goal if until else math.inf)
-  return memory.best()
+  return memory.best(goal)

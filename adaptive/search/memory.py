@@ -6,6 +6,7 @@ same order. So it does not know who evaluates them, and whoever does can serve h
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Generator, Iterable
 
 from adaptive.config import require
@@ -68,9 +69,14 @@ class Memory:
       require(0 <= reward <= 1, f"the reward {reward:g} of a plan must lie in 0 .. 1")  # which NaN does not
       self.rewards[visits] = reward
 
-  def best(self) -> Found:
-    """Of what was seen. Never worse than the model as it is, which is the first thing seen."""
-    best = min(self.rewards, key=lambda visits: (-self.rewards[visits], plans.length(visits)))
+  def best(self, goal: float = math.inf) -> Found:
+    """Of what was seen. Never worse than the model as it is, which is the first thing seen.
+
+    Where that reaches the goal, a longer plan is none, however much surer it is of the answer.
+    """
+    right, most = self.rewards[self.default] >= goal, plans.length(self.default)
+    seen = [visits for visits in self.rewards if not right or plans.length(visits) <= most]
+    best = min(seen, key=lambda visits: (-self.rewards[visits], plans.length(visits)))
     return Found(best, self.rewards[best], self.rewards[self.default], len(self.rewards))
 
 

@@ -13,12 +13,12 @@ Reward = Callable[[Question, Options], float]
 
 def choice(question: Question, scores: Options) -> float:
   """1 when the right option is the likeliest, as a whole text."""
-  return float(np.argmax(scores.log_probs) == question.answer)
+  return _right_option(question, scores.log_probs)
 
 
 def choice_per_character(question: Question, scores: Options) -> float:
   """1 when the right option is the likeliest by its mean over characters, which does not prefer short ones."""
-  return float(np.argmax(_per_character(question, scores)) == question.answer)
+  return _right_option(question, _per_character(question, scores))
 
 
 def margin(question: Question, scores: Options) -> float:
@@ -38,7 +38,14 @@ def margin_per_character(question: Question, scores: Options) -> float:
   return _margin(question, _per_character(question, scores))
 
 
+def _right_option(question: Question, log_probs: np.ndarray) -> float:
+  """Where none has a probability, none is right."""
+  return float(np.isfinite(log_probs.max()) and np.argmax(log_probs) == question.answer)
+
+
 def _margin(question: Question, log_probs: np.ndarray) -> float:
+  if not np.isfinite(log_probs.max()):
+    return 0.0
   shares = np.exp(log_probs - log_probs.max())
   return float(0.5 * shares[question.answer] / shares.sum() + 0.5 * (np.argmax(log_probs) == question.answer))
 

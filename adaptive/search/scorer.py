@@ -21,6 +21,7 @@ from adaptive.config import ModelConfig
 from adaptive.search.trees import Tree
 from adaptive.search.visits import Visits
 
+KEPT = 6  # paths of a question whose streams are kept
 _READ_TOGETHER = 4  # pairs whose predictions are read as one batch
 
 
@@ -52,7 +53,13 @@ class PathScorer:
   """
 
   def __init__(
-    self, config: ModelConfig, params: Params, trees: Sequence[Tree], pairs: int = 16, together: int = 1, kept: int = 6
+    self,
+    config: ModelConfig,
+    params: Params,
+    trees: Sequence[Tree],
+    pairs: int = 16,
+    together: int = 1,
+    kept: int = KEPT,
   ):
     self._config, self._params, self._trees = config, params, trees
     self._together, self._pairs, self._kept = together, -(-pairs // together) * together, kept
@@ -114,6 +121,7 @@ class PathScorer:
     log_probs, greedy, streams = np.asarray(log_probs), np.asarray(greedy), np.asarray(streams)
     for i, ((question, visits), (start, before)) in enumerate(zip(requests, begun)):
       self._keep(question, visits, start, before, streams[:, i])
+    log_probs = np.where(np.isnan(log_probs), -np.inf, log_probs)  # of a path that overflows: nothing is likely
     sizes = [np.bincount(tree.option[tree.option >= 0], minlength=tree.options) for tree in trees]
     each = enumerate(sizes)
     return [Options(log_probs[i, : len(n)].astype(np.float64), n, greedy[i, : len(n)]) for i, n in each]

@@ -44,7 +44,7 @@ def exhaustive(
   yield from memory.begin()
   for start in range(0, len(every), width):
     yield from memory.ask(every[start : start + width])
-  return memory.best()
+  return memory.best(goal)
 
 
 def random_edits(
@@ -61,7 +61,7 @@ def random_edits(
   yield from memory.begin()
   while memory.left and (new := _draws(memory, rng, limits, most, min(width, memory.left))):
     yield from memory.ask(new)
-  return memory.best()
+  return memory.best(goal)
 
 
 def _draws(memory: Memory, rng: np.random.Generator, limits: Limits, most: int, number: int) -> list[Visits]:
@@ -100,7 +100,7 @@ def hill_climb(
   yield from memory.begin()
   yield from memory.ask([start])
   yield from shrink(memory, start, rng, limits, width)
-  return memory.best()
+  return memory.best(goal)
 
 
 def shrink(memory: Memory, start: Visits, rng: np.random.Generator, limits: Limits, width: int = 1) -> Asking:
@@ -175,7 +175,7 @@ def greedy(
     if plans.allowed(visits, limits):
       yield from memory.ask([visits])
       here = visits if _holds(memory.rewards.get(visits, 0.0), memory.rewards[here]) else here
-  return memory.best()
+  return memory.best(goal)
 
 
 def find_then_shrink(
@@ -194,8 +194,8 @@ def find_then_shrink(
   yield from memory.begin()
   if memory.rewards[memory.default] < goal:
     yield from Tree(memory, rng, limits).grow(goal)
-  yield from shrink(memory, memory.best().visits, rng, limits, width)
-  return memory.best()
+  yield from shrink(memory, memory.best(goal).visits, rng, limits, width)
+  return memory.best(goal)
 
 
 STRATEGIES: dict[str, Strategy] = {

@@ -243,7 +243,8 @@ def _headline(run: Run, position: Position) -> str:
   submodels = run.method.submodels(run.model)
   seq_len = run.experiment.data.seq_len
   full = run.method.cost(run.model, submodels[-1], seq_len, {})
-  where = f"resuming at step {position.step}" if position.step else "from scratch"
+  begins = f"from {run.experiment.training.init_from}" if run.experiment.training.init_from else "from scratch"
+  where = f"resuming at step {position.step}" if position.step else begins
   if position.step == run.experiment.training.steps:
     where = f"at step {position.step} already, its last: nothing to do"
   family = f"{len(submodels)} sub-models" if len(submodels) > 1 else "1 sub-model"

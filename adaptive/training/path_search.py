@@ -12,12 +12,13 @@ import tqdm
 
 from adaptive.config import require
 from adaptive.data.labels import Header, Label, LabelWriter, read_labels
-from adaptive.data.questions import Question, read_questions
+from adaptive.data.questions import Question, fingerprint, read_questions
 from adaptive.data.tokenizers import check_vocab, make_tokenizer, prefix_of
+from adaptive.pretrained.published import is_published
 from adaptive.search import rewards, trees
 from adaptive.search.driver import search_many
 from adaptive.search.memory import Found, Search
-from adaptive.search.scorer import PathScorer
+from adaptive.search.scorer import KEPT, PathScorer
 from adaptive.search.strategies import STRATEGIES
 from adaptive.search.visits import Visits, default
 from adaptive.training.run import load_params, load_plan
@@ -70,17 +71,19 @@ def search(workdir: str, request: Request) -> None:
   planted = {question.id: trees.plant(question, encode, prefix, max_len) for question in questions}
   # Searched side by side, questions of one length share a program.
   questions.sort(key=lambda question: planted[question.id].shape)
-  _, params = load_params(plan, workdir, r.step)
+  step, params = load_params(plan, workdir, r.step)
   found = plan.method.extract(plan.model, params, plan.method.submodels(plan.model)[-1])
   require(found is not None, f"{workdir}: paths are those of a dense model, which {plan.method_name} has not")
   config, params = found
   layers = config.num_layers
-  header = Header(layers, workdir, r.questions, _name(r), r.budget, r.reward, r.seed)
+  model = workdir if is_published(workdir) else f"{workdir} at step {step}"
+  header = Header(layers, model, fingerprint(r.questions), _name(r), r.budget, r.reward, r.seed)
   with LabelWriter(r.labels, header) as writer:
     left = [question for question in questions if question.id not in writer.done]
     if left:
       side = r.together or (1 if jax.default_backend() == "cpu" else 8)
-      scorer = PathScorer(config, params, [planted[question.id] for question in left], together=side)
+      kept = 0 if r.shared else KEPT  # streams of all questions at once would be too many
+      scorer = PathScorer(config, params, [planted[question.id] for question in left], together=side, kept=kept)
       run = _one_for_all if r.shared else _one_for_each
       began = time.monotonic()
       with jax.set_mesh(plan.mesh):
@@ -126,7 +129,7 @@ def _label(name: str, found: Found, layers: int, seed: int, goal: float) -> Labe
 
 
 def _one_for_all(questions: Sequence[Question], scorer: PathScorer, reward, layers: int, r: Request, writer) -> None:
-  require(not writer.done, f"{r.labels!r} is not finished, and a search of one plan for all starts anew: remove it")
+  require(not writer.done, f"{r.labels!r} is of fewer questions, and one plan for all is searched anew: remove it")
   seed = _seed(r, "")
   with tqdm.tqdm(total=r.budget, desc="searching", unit="plan") as bar:
 

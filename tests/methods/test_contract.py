@@ -189,7 +189,9 @@ def test_the_nearest_field_is_named():
 
 
 def test_an_unknown_method_is_refused_with_the_known_ones():
-  with pytest.raises(ConfigError, match=r"unknown method 'sortednet'; the methods are dense, dr_llm, early_exit, first"):
+  with pytest.raises(
+    ConfigError, match=r"unknown method 'sortednet'; the methods are dense, dr_llm, early_exit, first"
+  ):
     methods.default_config("sortednet")
   with pytest.raises(ConfigError, match=r"method.name is missing"):
     methods.parse_config({"method": {}})

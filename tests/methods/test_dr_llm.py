@@ -14,7 +14,7 @@ from adaptive import subnet as subnets
 from adaptive.backbone.transformer import Transformer, init_params
 from adaptive.config import ConfigError, TrainingConfig
 from adaptive.methods.depth import dr_llm
-from adaptive.methods.depth.dr_llm import objective, router
+from adaptive.methods.depth.dr_llm import objective, router, running
 
 MODEL = tiny.model_config()
 LAYERS = MODEL.num_layers
@@ -60,6 +60,12 @@ def questions(prompts, length=LENGTH, seed=0, config=MODEL):
 
 def forward(model, params, batch, index):
   return jax.jit(lambda p, b: dr_llm.forward(model, p, b, index))(params, batch)
+
+
+def assert_close(found, wanted, batch, **tolerance):
+  """Logits [b, t, v] of real tokens; those of padding mean nothing."""
+  real = np.asarray(batch["segment_ids"]) > 0
+  np.testing.assert_allclose(np.asarray(found)[real], np.asarray(wanted)[real], **tolerance)
 
 
 def sizes(batch):
@@ -145,7 +151,7 @@ def test_fresh_routers_execute_everything():
   params, batch = {**tiny.random_params(model), "routers": fresh["routers"]}, questions([3, 8])
   plain = jax.jit(lambda p: Transformer(MODEL).apply({"params": dr_llm.backbone(p)}, batch))(params)
   for index in range(4):
-    np.testing.assert_allclose(forward(model, params, batch, index).logits, plain, rtol=1e-5, atol=1e-6)
+    assert_close(forward(model, params, batch, index).logits, plain, batch, rtol=1e-5, atol=1e-6)
 
 
 def test_text_without_a_prompt_runs_the_given_model():
@@ -183,7 +189,7 @@ def test_a_plan_is_the_dense_model_of_its_layers(visits):
     part = subnets.Subnet(path, MODEL.q_per_kv, MODEL.d_ff)
     small = subnets.extract(MODEL, dr_llm.backbone(params), part)
     wanted = Transformer(subnets.config_of(MODEL, part)).apply({"params": small}, batch)
-    np.testing.assert_allclose(found.logits, wanted, rtol=1e-5, atol=1e-5)
+    assert_close(found.logits, wanted, batch, rtol=1e-5, atol=1e-5)
   assert float(found.aux["layers"][0] / found.aux["layers"][1]) == sum(visits)
 
 
@@ -394,6 +400,103 @@ def test_an_update_is_the_layers_once_and_three_times_the_routers():
   layer = 2 * matrices + 4 * 6.5 * 24
   own = 3 * 2 * (16 * 8 + 8 * 3) / 12 + 3 * 2 * 16
   assert dr_llm.update_flops(built(), (3,), 12) == pytest.approx(LAYERS * (layer + 3 * own))
+
+
+def test_padding_makes_no_visit(monkeypatch):
+  """Rows of padding fill up batches; what their routers would say costs nothing."""
+  calls = []
+  visit = running.parts.one_shot
+
+  def counted(*arguments):
+    jax.debug.callback(lambda: calls.append(1))
+    return visit(*arguments)
+
+  monkeypatch.setattr(running.parts, "one_shot", counted)
+  model, batch = built(), questions([4, 4])
+  params = fixed_params(model, (1, 1, 1, 1))
+  forward(model, params, jax.tree.map(jnp.zeros_like, batch), 1)
+  jax.effects_barrier()
+  assert not calls
+  forward(model, params, batch, 1)
+  jax.effects_barrier()
+  assert len(calls) == LAYERS
+
+
+def test_training_asks_for_the_focal_loss_its_weights_and_the_split():
+  """Each of them is what the settings say, and changes the loss."""
+  params, batch = varied_params(built()), labelled([5, 7, 10])
+  run = lambda model: float(dr_llm.loss(model, params, batch, (3,), jax.random.key(0), 0)[0])
+  seen, logits = {}, None
+  for gamma, beta, split in itertools.product((0.0, 2.0), (0.0, 0.9), ("even", "paper")):
+    model = built(gamma=gamma, beta=beta, split=split)
+    cut = router.windows(losses.prompt(batch), 3, split)
+    logits = dr_llm._training_logits(model, params, batch, cut, batch["visits"].T)
+    weights = objective.class_weights(batch["label_counts"][0], beta)
+    seen[gamma, beta, split] = run(model)
+    wanted = jnp.mean(objective.focal(logits, batch["visits"].T, weights, gamma))
+    assert seen[gamma, beta, split] == pytest.approx(float(wanted), rel=1e-5)
+  assert len(set(seen.values())) == len(seen)
+
+
+def test_without_teacher_forcing_training_runs_the_likeliest():
+  model = built(teacher_forcing=False)
+  params, batch = varied_params(model), labelled([5, 7, 10])
+  prompt = losses.prompt(batch)
+  cut = router.windows(prompt, 3, "even")
+  logits = dr_llm._training_logits(model, params, batch, cut, batch["visits"].T)
+  ran = forward(model, params, batch, 1).aux  # at -0.5 inference does so, too
+  found = jnp.argmax(logits, axis=-1)
+  for layer in range(LAYERS):
+    skipped = jnp.sum(batch["segment_ids"] * (found[layer] == 0)[:, None])
+    assert float(ran[f"skipped/{layer}"][0]) == float(skipped)
+
+
+@pytest.mark.parametrize("index", [0, 2])
+def test_each_budget_decodes_as_itself(index):
+  model = built(budgets=(-0.9, -0.5, 0.3))
+  params, batch = varied_params(model), questions([6])
+  tokens = batch["inputs"][:, :6]
+  decoder = dr_llm.decoder(model, params, dr_llm.submodels(model)[index])
+  logits, _, aux = decoder.step(decoder.params, tokens, np.array([6], np.int32), decoder.empty_cache(1, 8))
+  wanted = forward(model, params, batch, index)
+  np.testing.assert_allclose(logits[0], wanted.logits[0, 5], rtol=1e-4, atol=1e-4)
+  other = forward(model, params, batch, 1).logits[0, 5]
+  assert float(jnp.abs(logits[0] - other).max()) > 1e-3, "another budget would be told apart"
+  layers = lambda found: float(found["layers"][0] / found["layers"][1])
+  assert layers(aux) == layers(wanted.aux)
+
+
+def test_chance_has_the_rates_of_its_own_budget():
+  model = built()
+  params, batch = tiny.random_params(model), questions([5] * 128)
+  rates = tuple(((skip, 0.0),) * LAYERS for skip in (1.0, 0.5, 0.0, 0.0))
+  found = [forward(model.clone(chance=rates), params, batch, index).aux for index in range(3)]
+  shares = [float(one["skipped/2"][0] / one["skipped/2"][1]) for one in found]
+  assert (shares[0], shares[2]) == (1.0, 0.0)
+  assert 0.3 < shares[1] < 0.7
+
+
+def test_the_full_model_executes_everything_under_a_traced_index_too():
+  model = built()
+  params, batch = fixed_params(model, (0, 2, 0, 2)), questions([5, 8])
+  plain, traced = (forward(model, params, batch, index).logits for index in (3, np.int32(3)))
+  assert_close(traced, plain, batch, rtol=1e-5, atol=1e-5)
+
+
+def test_the_paper_s_start_is_xavier_s():
+  model = built(start="xavier", hidden=64)
+  fresh = nn.unbox(init_params(model, jax.random.key(0)))["routers"]
+  assert not np.any(fresh["bias"])
+  assert not np.any(fresh["hidden_bias"])
+  for name, inputs, outputs in (("hidden", MODEL.d_model, 64), ("weight", 64, 3)):
+    bound = (6 / (inputs + outputs)) ** 0.5
+    assert 0.9 * bound < float(jnp.abs(fresh[name]).max()) <= bound
+    assert len(np.unique(fresh[name][:, 0, 0])) == LAYERS, "every layer has its own"
+
+
+def test_deciding_at_every_token_costs_a_router_at_every_token():
+  once, again = (dr_llm.router_flops(built(when=when), 256) for when in ("once", "per_step"))
+  assert again == LAYERS * 2 * (16 * 8 + 8 * 3) > once
 
 
 def test_what_cannot_be_is_refused():

@@ -12,7 +12,9 @@ Departures, with reasons:
 - `start="execute"`: fresh routers execute every layer, so that training begins at the given model, exactly. `xavier` is
   the paper's;
 - beta of the class weights is a setting: the paper's 0.999 hardly tells classes of 1,457 and 120,956 labels apart;
-- rows decide each for themselves; the released code applies the first row's decisions to all.
+- rows decide each for themselves; the released code applies the first row's decisions to all;
+- questions that a plan mends are not weighed against those that only get shorter plans (the paper keeps 30 % of the
+  former); of a question that no plan answers the label is to execute everything.
 
 A prompt decides for all its tokens, so what is predicted inside of it depends on all of it. Nobody reads that: losses,
 scores and continuations begin with the prompt's last token. Text in which no prompt is marked runs the given model.
@@ -224,9 +226,13 @@ def at_random(model: DrLLM, realised: Sequence[Metrics]) -> tuple[DrLLM, Sequenc
 
 
 def router_flops(model: DrLLM, seq_len: int) -> float:
-  """Forward FLOPs of all routers for one token of a prompt of `seq_len` tokens: windows, and their means."""
+  """Forward FLOPs of all routers for one token of a prompt of `seq_len` tokens: windows, and their means.
+
+  Where every later token decides again, for one of those, which asks each router once.
+  """
   windows, width = min(model.method.windows, seq_len), model.config.d_model
-  each = windows * (router.router_flops(width, model.method.hidden) / seq_len + 2.0 * width)
+  asked = router.router_flops(width, model.method.hidden)
+  each = asked if model.method.when == "per_step" else windows * (asked / seq_len + 2.0 * width)
   return model.config.num_layers * each
 
 

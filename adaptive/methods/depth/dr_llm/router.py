@@ -100,7 +100,7 @@ def dial(budget: float) -> tuple[float, float, float, float]:
 def decide(scores: jax.Array, weights: jax.Array | Sequence[float]) -> jax.Array:
   """How often a layer runs, int32 [...]: the likeliest class, from logits [..., 3], at a position of the dial.
 
-  Where two are equally likely the cheaper one is taken, except that a layer is executed rather than skipped.
+  Where two are equally likely a layer is executed rather than repeated, and repeated rather than skipped.
   """
   weights = jnp.asarray(weights, jnp.float32)
   fixed = weights[0], weights[2], weights[3]

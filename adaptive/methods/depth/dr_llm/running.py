@@ -60,7 +60,7 @@ def along(config: ModelConfig, params: Params, batch: Batch, choose: Callable) -
 
 def _layers(config: ModelConfig, params: Params, batch: Batch, choose: Callable) -> tuple[jax.Array, jax.Array]:
   x, context = Transformer(config).apply({"params": params}, batch, method="embed")
-  nothing = parts.nothing(config, x)
+  nothing, real = parts.nothing(config, x), batch["segment_ids"] > 0
 
   def visit(x: jax.Array, weights: Params, active: jax.Array) -> jax.Array:
     stacked = jax.tree.map(lambda leaf: leaf[None], weights)
@@ -71,7 +71,7 @@ def _layers(config: ModelConfig, params: Params, batch: Batch, choose: Callable)
     which, weights, own = inputs
     rows, said = choose(which, x, own)
     for number in range(MOST):
-      x = visit(x, weights, rows > number)
+      x = visit(x, weights, real & (rows > number))  # padding makes no visit, whatever its router says
     return x, said
 
   return jax.lax.scan(layer, x, (jnp.arange(config.num_layers), params["layers"], params["routers"]))
