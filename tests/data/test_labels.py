@@ -77,6 +77,17 @@ def test_labels_of_another_search_are_refused(path, field):
   assert path.read_bytes() == before
 
 
+def test_two_searches_do_not_write_one_file(path):
+  write(path, LABELS[:1])
+  before = path.read_bytes()
+  with LabelWriter(str(path), HEADER) as writer:
+    assert "another search is writing" in refused(path)
+    assert path.read_bytes() == before
+    writer.write(LABELS[1])
+  write(path, LABELS[2:])
+  assert read_labels(str(path))[1] == LABELS
+
+
 def test_somebody_s_file_stays_as_it_is(tmp_path):
   for content in (b"a diary", b"a diary\n", b'{"id": "piqa/17"}\n', b"[]\n"):
     (tmp_path / "file").write_bytes(content)

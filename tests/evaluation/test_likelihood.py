@@ -76,6 +76,18 @@ def test_the_model_is_told_what_is_given_and_what_is_scored():
   assert np.flatnonzero(seen["scored"]).tolist() == [2, 3]
 
 
+def test_running_text_has_no_prompt():
+  """Dr.LLM decides by prompts, and runs the given model where there is none."""
+  method = METHODS["dr_llm"]
+  model = method.build(CONFIG, method.Config(hidden=4, budgets=(-1.0,)))
+  scorer = Scorer(method, model, tiny.random_params(model), 0, sharding.make_mesh(MeshConfig(), jax.devices()[:1]))
+  full = Scorer(method, model, tiny.random_params(model), 1, sharding.make_mesh(MeshConfig(), jax.devices()[:1]))
+  pieces = [Piece([3, 1, 4, 1, 5], 1), Piece([9, 2, 6, 5], 2)]
+  text, wanted = scorer(pieces, prompts=False), full(pieces)
+  assert [score.log_prob for score in text] == pytest.approx([score.log_prob for score in wanted], rel=1e-5)
+  assert abs(scorer(pieces)[0].log_prob - wanted[0].log_prob) > 1e-2
+
+
 def test_texts_are_cut_where_the_context_s_tokens_end():
   """A tokenizer of words, each with the blanks before it."""
   words = {"the": 1, " cat": 2, " sat": 3, "cat": 4, " ": 5}

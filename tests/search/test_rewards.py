@@ -55,6 +55,13 @@ def test_margin_per_character():
   assert found >= rewards.goal("margin_per_character")
 
 
+@pytest.mark.parametrize("kind", ["choice", "choice_per_character", "margin", "margin_per_character"])
+def test_where_nothing_has_a_probability_nothing_is_right(kind):
+  first = Question("f", "Which?", (" a", " b"), 0)
+  assert worth(kind, first, [-math.inf, -math.inf]) == 0.0
+  assert worth(kind, first, [-1.0, -math.inf]) == 1.0
+
+
 def test_exact_is_greedy_and_looks_at_the_right_option():
   assert worth("exact", CHOICE, [-1.0, -2.0, -3.0], None, [False, True, False]) == 1.0
   assert worth("exact", CHOICE, [-1.0, -2.0, -3.0], None, [True, False, True]) == 0.0

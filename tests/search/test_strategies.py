@@ -94,6 +94,17 @@ def test_of_equal_rewards_the_shortest_and_of_those_the_first():
   assert (memory.best().default_reward, memory.best().evaluations) == (0.5, 5)
 
 
+def test_of_a_model_that_is_right_no_plan_is_longer():
+  memory = Memory(3, 9)
+  memory.rewards |= {(1, 1, 1): 0.6, (2, 1, 1): 0.9, (1, 1, 0): 0.7, (0, 1, 1): 0.5}
+  assert memory.best(0.5).visits == (1, 1, 0)
+  assert memory.best(0.8).visits == (2, 1, 1)
+  surer = lambda visits: 0.5 + sum(visits) / 100
+  for name in ("exhaustive", "mcts", "random"):
+    found, _ = watched(STRATEGIES[name](4, 100, rng(0), goal=0.5), surer)
+    assert found.visits == (1,) * 4
+
+
 def test_the_default_stays_where_nothing_is_better():
   only = lambda visits: float(visits == (1,) * 8)
   for name in LOOKING:

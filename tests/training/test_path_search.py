@@ -1,6 +1,7 @@
 """search.py: label files are right, resume to the very same lines, and what cannot work is said in one line."""
 
 import json
+import pathlib
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from places import Place
 
 from adaptive.config import ConfigError
 from adaptive.data.labels import read_labels
-from adaptive.data.questions import read_questions
+from adaptive.data.questions import fingerprint, read_questions
 from adaptive.data.tokenizers import ByteTokenizer
 from adaptive.search import rewards, trees, visits
 from adaptive.search.scorer import PathScorer
@@ -78,7 +79,8 @@ def test_labels_are_what_they_say(place, scored, tmp_path, capsys, kind, reward,
   header, labels = search(place, tmp_path / "l.jsonl", kind, reward=reward, strategy=strategy)
   questions = read_questions(place[2][kind])
   assert (header.num_layers, header.budget, header.reward, header.strategy) == (LAYERS, BUDGET, reward, strategy)
-  assert (header.model, header.questions, header.seed) == (place[1], place[2][kind], 0)
+  wanted = f"{place[1]} at step 8", fingerprint(place[2][kind]), 0
+  assert (header.model, header.questions, header.seed) == wanted
   assert {label.id for label in labels} == {question.id for question in questions}
   assert len({label.seed for label in labels}) == len(labels)
   default, changed = visits.default(LAYERS), 0
@@ -168,8 +170,22 @@ def test_one_plan_for_all(place, scored, tmp_path):
     assert told == pytest.approx(np.mean(each), rel=1e-5)
   assert labels[0].reward >= labels[0].default_reward
   (tmp_path / "l.jsonl").write_bytes(b"\n".join((tmp_path / "l.jsonl").read_bytes().splitlines()[:5]) + b"\n")
-  with pytest.raises(ConfigError, match="is not finished"):
+  with pytest.raises(ConfigError, match="is of fewer questions"):
     search(place, tmp_path / "l.jsonl", shared=True, reward="likelihood", strategy="hill_climb")
+
+
+def test_questions_that_changed_are_others(place, tmp_path):
+  """The ids are as they were, and the file lies elsewhere: what counts is what is in it."""
+  moved, labels = tmp_path / pathlib.Path(place[2]["options"]).name, tmp_path / "l.jsonl"
+  content = pathlib.Path(place[2]["options"]).read_text()
+  moved.write_text(content)
+  again = lambda limit: path_search.search(place[1], Request(str(moved), str(labels), limit=limit, budget=BUDGET))
+  search(place, labels, limit=2)
+  again(3)
+  assert len(read_labels(str(labels))[1]) == 3
+  moved.write_text(content.replace("steps", "Steps"))
+  with pytest.raises(ConfigError, match="holds labels of another search: questions is"):
+    again(4)
 
 
 @pytest.mark.parametrize("idle", [0, 2, 3])
@@ -271,4 +287,4 @@ def test_the_command_searches_and_goes_on(place, told):
   assert rest == told["again"]["out"].splitlines()
   header, labels = read_labels(str(place[0] / "labels.jsonl"))
   assert (header.budget, len(labels)) == (6, 5)
-  assert json.loads((place[0] / "labels.jsonl").read_text().splitlines()[0])["model"] == place[1]
+  assert json.loads((place[0] / "labels.jsonl").read_text().splitlines()[0])["model"] == f"{place[1]} at step 8"
