@@ -180,6 +180,8 @@ def _through_slots(
 def _summary(result: Result) -> str:
   rows, number = len(result.tokens), sum(map(len, result.tokens))
   speed = f"{result.tokens_per_second:.1f} tokens/s after the first" if result.tokens_per_second else "no second token"
-  means = [f"{name} {np.mean(total / np.maximum(count, 1)):.4g}" for name, (total, count) in result.metrics.items()]
+  mean = lambda total, count: np.mean(total / np.maximum(count, 1))
+  # Those of single layers, as ran/3, are too many for a line.
+  means = [f"{name} {mean(*pair):.4g}" for name, pair in result.metrics.items() if "/" not in name]
   what = "prompt" if rows == 1 else f"{rows} prompts"
   return ", ".join([f"{number} tokens: {what} in {1000 * result.prefill_seconds:.1f} ms", speed, *means])
