@@ -2,16 +2,18 @@
 
   python benchmarks/routed_decoding.py --width=576 --d_ff=1536 --layers=30
 
-Weights are random and routers are told what to say, so that a known number of layers is skipped. Both models take
-turns. `prompt` is the time of the step that reads the prompt, with all layers executed, so that routers are all that is
-added; `a token` that of a later step, with k layers left out, and `of k/L` the saved share of time over the skipped
-share of layers.
+Weights are random and routers are told what to say, so that a known number of layers is skipped. All models take turns.
+`prompt` is the time of the step that reads the prompt with all layers executed, so that routers are all that is added
+to the dense model. `a token` is that of later steps, with k of the L layers left out, as a share of the dense model's
+and of the same model's that leaves out none; `of k/L` is the latter's saved share of time over the skipped share of
+layers.
 """
 
 import argparse
 import statistics
 import time
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,11 +31,30 @@ def told(params, visits):
   return {**params, "routers": {**routers, "weight": jnp.zeros_like(routers["weight"]), "bias": bias}}
 
 
-def seconds(run, repeats: int) -> float:
-  began = time.perf_counter()
-  for _ in range(repeats):
-    jax.block_until_ready(run())
-  return (time.perf_counter() - began) / repeats
+class Timed:
+  """Steps of one decoder: a prompt's, and tokens after it, on a cache that is updated in place."""
+
+  def __init__(self, decoder, step, prompt, slots: int):
+    self._decoder, self._step, self._prompt = decoder, step, prompt
+    self._counts, self._slots = np.array([prompt.shape[1]], np.int32), slots
+    self._cache = self._read()
+
+  def _read(self):
+    empty = self._decoder.empty_cache(1, self._slots)
+    return jax.block_until_ready(self._step(self._decoder.params, self._prompt, self._counts, empty)[1])
+
+  def prompt(self) -> float:
+    began = time.perf_counter()
+    self._cache = self._read()
+    return time.perf_counter() - began
+
+  def token(self, repeats: int = 5) -> float:
+    began = time.perf_counter()
+    for _ in range(repeats):
+      one = self._prompt[:, :1], np.ones(1, np.int32)
+      logits, self._cache, _ = self._step(self._decoder.params, *one, self._cache)
+      jax.block_until_ready(logits)
+    return (time.perf_counter() - began) / repeats
 
 
 def main() -> None:
@@ -43,9 +64,10 @@ def main() -> None:
   parser.add_argument("--layers", type=int, default=30)
   parser.add_argument("--heads", type=int, default=9)
   parser.add_argument("--kv_heads", type=int, default=3)
-  parser.add_argument("--vocab", type=int, default=49152)
+  parser.add_argument("--vocab", type=int, default=1024)
   parser.add_argument("--prompt", type=int, default=128)
-  parser.add_argument("--skipped", default="5,10,15")
+  parser.add_argument("--slots", type=int, default=512, help="room of the caches; at least prompt + 5 turns + 5")
+  parser.add_argument("--skipped", default="5,10,15,20")
   parser.add_argument("--turns", type=int, default=15)
   parser.add_argument("--dtype", default="float32")
   a = parser.parse_args()
@@ -54,42 +76,35 @@ def main() -> None:
     dtype=a.dtype,
   )  # fmt: skip
   model = dr_llm.build(config, dr_llm.Config(budgets=(-0.5,)))
-  params = jax.tree.map(lambda x: x.value, init_params(model, jax.random.key(0)), is_leaf=lambda x: hasattr(x, "value"))
-  tokens = np.random.default_rng(0).integers(0, a.vocab, (1, a.prompt)).astype(np.int32)
-  counts, one = np.array([a.prompt], np.int32), np.ones(1, np.int32)
+  params = nn.unbox(init_params(model, jax.random.key(0)))
+  prompt = np.random.default_rng(0).integers(0, a.vocab, (1, a.prompt)).astype(np.int32)
   plain = dense.decoder(dense.build(config, dense.Config()), dr_llm.backbone(params), None)
-  plain_step = jax.jit(plain.step)
-  start = plain.empty_cache(1, a.prompt + 16)
-  routed_of = lambda visits: dr_llm.decoder(model, told(params, visits), dr_llm.submodels(model)[0])
-  execute = routed_of((1,) * a.layers)
-  routed_step = jax.jit(execute.step)
-  empty = execute.empty_cache(1, a.prompt + 16)
-  run_plain = lambda: plain_step(plain.params, tokens, counts, start)[0]
-  run_routed = lambda: routed_step(execute.params, tokens, counts, empty)[0]
-  print(f"{a.layers} layers of width {a.width}, {jax.devices()[0].device_kind}, {a.turns} turns, {a.prompt} tokens")
-  share = in_turns(run_routed, run_plain, a.turns, 1)
-  print(f"prompt, every layer executed: {share:.3f} of the dense model's time")
-  cache = plain_step(plain.params, tokens, counts, start)[1]
-  run_plain = lambda: plain_step(plain.params, tokens[:, :1], one, cache)[0]
-  for number in (0, *map(int, a.skipped.split(","))):
+  timed = {"dense": Timed(plain, jax.jit(plain.step, donate_argnums=3), prompt, a.slots)}
+  numbers, step = [0, *map(int, a.skipped.split(","))], None
+  for number in numbers:
     skipped = set(np.linspace(1, a.layers - 2, number).astype(int)) if number else set()
-    decoder = routed_of([0 if layer in skipped else 1 for layer in range(a.layers)])
-    after = routed_step(decoder.params, tokens, counts, empty)[1]
-    run = lambda decoder=decoder, after=after: routed_step(decoder.params, tokens[:, :1], one, after)[0]
-    share = in_turns(run, run_plain, a.turns, 10)
-    saved = f"; saved {(1 - share) / (len(skipped) / a.layers):.2f} of k/L" if skipped else ""
-    print(f"a token, {len(skipped):2} layers skipped: {share:.3f} of the dense model's time{saved}")
-
-
-def in_turns(run, other, turns: int, repeats: int) -> float:
-  """Median over turns of the time of one over that of the other, a moment before or after."""
-  seconds(run, 2), seconds(other, 2)
-  shares = []
-  for turn in range(turns):
-    pair = (run, other) if turn % 2 else (other, run)
-    times = [seconds(each, repeats) for each in pair]
-    shares.append(times[0] / times[1] if turn % 2 else times[1] / times[0])
-  return statistics.median(shares)
+    visits = [0 if layer in skipped else 1 for layer in range(a.layers)]
+    decoder = dr_llm.decoder(model, told(params, visits), dr_llm.submodels(model)[0])
+    step = step or jax.jit(decoder.step, donate_argnums=3)
+    timed[number] = Timed(decoder, step, prompt, a.slots)
+  for one in timed.values():
+    one.token(), one.prompt()
+  prompts, tokens = ({name: [] for name in timed} for _ in range(2))
+  for _ in range(a.turns):
+    for name in ("dense", 0):
+      prompts[name].append(timed[name].prompt())
+    for name, one in timed.items():
+      tokens[name].append(one.token())
+  share = lambda found, name, other: statistics.median(x / y for x, y in zip(found[name], found[other]))
+  print(f"{a.layers} layers of width {a.width}, {jax.devices()[0].device_kind}, {a.turns} turns, {a.prompt} tokens")
+  print(f"prompt, every layer executed: {share(prompts, 0, 'dense'):.3f} of the dense model's time")
+  for number in numbers:
+    own = share(tokens, number, 0)
+    saved = f"; saved {(1 - own) * a.layers / number:.2f} of k/L" if number else ""
+    dense_share = share(tokens, number, "dense")
+    print(
+      f"a token, {number:2} layers skipped: {dense_share:.3f} of the dense model's time, {own:.3f} of its own{saved}"
+    )
 
 
 if __name__ == "__main__":
