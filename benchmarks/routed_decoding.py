@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from adaptive import cost as costs
 from adaptive.backbone.transformer import init_params
 from adaptive.config import ModelConfig
 from adaptive.methods import dense
@@ -97,7 +98,9 @@ def main() -> None:
       tokens[name].append(one.token())
   share = lambda found, name, other: statistics.median(x / y for x, y in zip(found[name], found[other]))
   print(f"{a.layers} layers of width {a.width}, {jax.devices()[0].device_kind}, {a.turns} turns, {a.prompt} tokens")
+  flops = dr_llm.router_flops(model, a.prompt) / costs.dense_cost(config, a.prompt).flops_per_token
   print(f"prompt, every layer executed: {share(prompts, 0, 'dense'):.3f} of the dense model's time")
+  print(f"routers, by count: {flops:.2%} of the prompt's FLOPs")
   for number in numbers:
     own = share(tokens, number, 0)
     saved = f"; saved {(1 - own) * a.layers / number:.2f} of k/L" if number else ""

@@ -10,7 +10,7 @@ import numpy as np
 import tqdm
 from jax.sharding import Mesh
 
-from adaptive import sharding
+from adaptive import losses, sharding
 from adaptive.data.pieces import Piece, continuation
 from adaptive.methods.contract import Batch, Method, Params
 
@@ -38,12 +38,8 @@ class Scorer:
     self._params, self._mesh, self._rows = params, mesh, -(-rows // parts) * parts
 
     def score(params: Params, batch: Batch, prompts: bool):
-      scored = batch["scored"]
       seen = batch if prompts else {name: rows for name, rows in batch.items() if name != "scored"}
-      logits = method.forward(model, params, seen, index).logits
-      chosen = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), batch["targets"][..., None], axis=-1)[..., 0]
-      right = jnp.argmax(logits, axis=-1) == batch["targets"]
-      return jnp.sum(chosen * scored, axis=1), jnp.all(right | (scored == 0), axis=1)
+      return score_rows(method.forward(model, params, seen, index).logits, batch["targets"], batch["scored"])
 
     self._score = jax.jit(score, static_argnums=2, out_shardings=sharding.replicated(mesh))
 
@@ -67,6 +63,12 @@ class Scorer:
   def _batch(self, pieces: Sequence[Piece]) -> Batch:
     length = _bucket(max(len(piece.tokens) for piece in pieces) - 1)
     return sharding.global_batch(rows_of(pieces, self._rows, length), self._mesh)
+
+
+def score_rows(logits: jax.Array, targets: jax.Array, scored: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Of each row the fields of a `Score`, [b] both, from logits [b, t, v]; `scored` [b, t] says which targets count."""
+  right = jnp.argmax(logits, axis=-1) == targets
+  return -jnp.sum(losses.token_losses(logits, targets) * scored, axis=1), jnp.all(right | (scored == 0), axis=1)
 
 
 def rows_of(pieces: Sequence[Piece], rows: int, length: int) -> dict[str, np.ndarray]:

@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -100,10 +99,7 @@ def ask(
 def _scored(forward: Callable[[Params, Batch, Any], Output]) -> Callable:
   def score(params: Params, batch: Batch, index: jax.Array | None):
     logits, aux = forward(params, batch, index)
-    scored = batch["scored"]
-    chosen = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), batch["targets"][..., None], axis=-1)[..., 0]
-    right = jnp.argmax(logits, axis=-1) == batch["targets"]
-    return jnp.sum(chosen * scored, axis=1), jnp.all(right | (scored == 0), axis=1), aux
+    return *likelihood.score_rows(logits, batch["targets"], batch["scored"]), aux
 
   return score
 

@@ -156,12 +156,11 @@ def _score(config: ModelConfig, options: int, together: int, params: Params, row
   x = jax.lax.map(begin, {name: rows[name] for name in ("start", "inputs", "stream")})
 
   def layer(x, inputs):
-    weights, which, visits = inputs
+    weights, visits = inputs  # none before a pair's start
 
     def some(inputs):
-      x, positions, branch, visits, start = inputs
+      x, positions, branch, number = inputs
       context = Context(*rope_table(config, positions), tree_mask(branch))
-      number = jnp.where(which < start, 0, visits)
 
       def visit(i, x):
         y, _ = block.apply({"params": weights}, x, context)
@@ -169,10 +168,9 @@ def _score(config: ModelConfig, options: int, together: int, params: Params, row
 
       return jax.lax.fori_loop(0, jnp.max(number), visit, x)
 
-    return jax.lax.map(some, (x, rows["positions"], rows["branch"], visits, rows["start"])), x
+    return jax.lax.map(some, (x, rows["positions"], rows["branch"], visits)), x
 
-  numbers = jnp.arange(config.num_layers)
-  x, streams = jax.lax.scan(layer, x, (params["layers"], numbers, jnp.moveaxis(rows["visits"], 2, 0)))
+  x, streams = jax.lax.scan(layer, x, (params["layers"], jnp.moveaxis(rows["visits"], 2, 0)))
 
   def read(inputs):
     x, source, target, option = inputs

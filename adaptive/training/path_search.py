@@ -4,7 +4,7 @@ import collections
 import dataclasses
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
@@ -89,7 +89,7 @@ def search(workdir: str, request: Request) -> None:
       with jax.set_mesh(plan.mesh):
         run(left, scorer, reward, layers, r, writer)
       _tell_speed(scorer, time.monotonic() - began)
-  _summarise(read_labels(r.labels)[1], layers, r)
+  _summarise(read_labels(r.labels)[1], layers, r, {question.id: question.level for question in questions})
 
 
 def _name(request: Request) -> str:
@@ -154,11 +154,15 @@ def _tell_speed(scorer: PathScorer, seconds: float) -> None:
   )
 
 
-def _summarise(labels: Sequence[Label], layers: int, request: Request) -> None:
+def _summarise(labels: Sequence[Label], layers: int, request: Request, levels: Mapping[str, int | None]) -> None:
   before, after = (np.mean([getattr(x, name) for x in labels]) for name in ("default_reward", "reward"))
   ran = np.array([label.visits for label in labels])
   print(f"{len(labels)} questions in {request.labels}, by {_name(request)}, reward {request.reward}")
   print(f"mean reward          {before:8.4f} of the model as it is, {after:.4f} of the plans found")
+  goal = rewards.goal(request.reward)
+  if goal > 0 and not request.shared:
+    before, after = (sum(getattr(x, name) >= goal for x in labels) for name in ("default_reward", "reward"))
+    print(f"questions answered   {before:8,} by the model as it is, {after:,} by the plans found")
   print(f"layers of a plan     {ran.sum(1).mean():8.2f} of {layers}")
   print(f"plans evaluated      {np.mean([label.evaluations for label in labels]):8.1f} of a question")
   counts = collections.Counter(ran.ravel().tolist())
@@ -169,3 +173,7 @@ def _summarise(labels: Sequence[Label], layers: int, request: Request) -> None:
     share = (ran == which).mean(0)
     most = [f"{layer} ({share[layer]:.0%})" for layer in np.argsort(-share)[:6] if share[layer]]
     print(f"{name:20} " + (", ".join(most) or "none"))
+  of = [levels.get(label.id) for label in labels]
+  if known := sorted(set(of) - {None}):
+    means = [ran[[level == one for one in of]].sum(1).mean() for level in known]
+    print("layers by level      " + ", ".join(f"{mean:.2f} at {level}" for mean, level in zip(means, known)))

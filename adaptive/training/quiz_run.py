@@ -25,7 +25,7 @@ from adaptive.search.scorer import Options
 from adaptive.training.run import Plan, find_submodel, load_params, load_plan
 from adaptive.training.workdir import user_errors
 
-_PILOT = 128  # questions from which chance takes its rates, until all are asked
+_PILOT = 128  # questions from which chance takes its rates
 
 
 @dataclasses.dataclass(frozen=True)

@@ -138,7 +138,16 @@ def test_a_search_that_is_done_runs_nothing_and_more_questions_are_added(place, 
     patch.setattr(path_search, "PathScorer", None)
     search(place, path)
   assert lines(path) == lines(whole)
-  assert "12 questions in" in capsys.readouterr().out.splitlines()[-7]
+  told = capsys.readouterr().out
+  told = told[told.rindex("12 questions in") :]  # of the last search
+  _, labels = read_labels(str(path))
+  goal = rewards.goal(path_search.Request("", "").reward)
+  right = [sum(reward >= goal for reward in each) for each in zip(*((x.default_reward, x.reward) for x in labels))]
+  assert f"{right[0]:8} by the model as it is, {right[1]} by the plans found" in told
+  level = {question.id: question.level for question in read_questions(place[2]["options"])}
+  for one in {value for value in level.values() if value is not None}:
+    mean = np.mean([sum(label.visits) for label in labels if level[label.id] == one])
+    assert f"{mean:.2f} at {one}" in told
 
 
 @pytest.mark.parametrize("changes", [{"width": 1}, {"width": 3}, {"width": 100}, {"together": 2, "width": 5}])
