@@ -100,6 +100,11 @@ def write(cache: LayerCache, new: LayerCache, slots: jax.Array) -> LayerCache:
   new = jax.tree.map(lambda x: jnp.swapaxes(x, 1, 2), new)
   if slots.ndim == 0:
     return jax.tree.map(lambda old, x: jax.lax.dynamic_update_slice(old, x, (0, 0, slots, 0)), cache, new)
+  if slots.size == 1:
+    # XLA makes a slice update of a scatter of one, and on a CPU does it twice, for the product and for the result: four
+    # copies of the cache. A second entry that stores nothing keeps it a scatter, which works in place.
+    slots = jnp.pad(slots, ((0, 0), (0, 1)), constant_values=cache.key.shape[2])
+    new = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, 1), (0, 0))), new)
   # vmap, not an index per row: the partitioner then sees that rows stay on their devices.
   put = jax.vmap(lambda old, x, slot: old.at[:, slot].set(x, mode="drop"))
   return jax.tree.map(lambda old, x: put(old, x, slots), cache, new)
@@ -150,8 +155,8 @@ class Attention(nn.Module):
       if context.slots is not None:
         cache = write(cache, LayerCache(*self.key_value(x, context)), context.slots)
       attended = self._attend_cache(query, cache, context.mask)
-    attended = attended.reshape(*attended.shape[:2], *self.out.shape[:3])
-    return jnp.einsum("btkgh,kghd->btd", attended, self.out), cache
+    # One contracted axis: with three of them, a step of decoding would copy the weights into another order.
+    return attended.reshape(*attended.shape[:2], -1) @ self.out.reshape(-1, self.out.shape[-1]), cache
 
   def _query(self, x: jax.Array, context: Context) -> jax.Array:
     """Rotated queries [b, t, k * g, h]."""

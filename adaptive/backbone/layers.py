@@ -61,7 +61,8 @@ class FeedForward(nn.Module):
     up = param(self, "up", init, shape, axes)
     down = param(self, "down", residual_init(c), shape[1:] + shape[:1], ("mlp_groups", "mlp", "embed"))
     hidden = nn.silu(jnp.einsum("btd,dmf->btmf", x, gate)) * jnp.einsum("btd,dmf->btmf", x, up)
-    return jnp.einsum("btmf,mfd->btd", hidden, down)
+    # One contracted axis, as in attention: with two of them, a step of decoding would copy the weights.
+    return hidden.reshape(*hidden.shape[:2], -1) @ down.reshape(-1, c.d_model)
 
 
 class Embedding(nn.Module):

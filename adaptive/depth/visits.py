@@ -153,19 +153,22 @@ def step(
     for layer, cache in zip(layers, caches, strict=True):
       x, cache, last = _visit(config, layer, x, context, active, rule, cache, last)
       after.append(cache)
-    return x, tuple(after), last
+    return x, tuple(after), last, [nothing(config, x)] * len(left)
+
+  # Keys that are left are written outside: a conditional that stores in both of its branches copies the caches.
+  left = {"project": layers, "copy": layers, "hole": ()}[rule]
 
   def leave(x, caches, last):
-    if rule == "project":
-      left = [key_value(config, layer, x, context) for layer in layers]
-    elif rule == "copy":
-      left = [last] * len(layers)
-    else:
-      return x, caches, last
-    written = [write(cache.kv, _swap(kv), context.slots) for cache, kv in zip(caches, left)]
-    return x, tuple(cache._replace(kv=kv) for cache, kv in zip(caches, written)), last
+    of = lambda layer: key_value(config, layer, x, context) if rule == "project" else last
+    return x, caches, last, [of(layer) for layer in left]
 
-  return jax.lax.cond(jnp.any(active), run, leave, x, tuple(caches), last)
+  entered = jnp.any(active)
+  x, caches, last, kvs = jax.lax.cond(entered, run, leave, x, tuple(caches), last)
+  if not left:
+    return x, caches, last
+  slots = jnp.where(entered, caches[0].kv.key.shape[2], context.slots)
+  written = [write(cache.kv, _swap(kv), slots) for cache, kv in zip(caches, kvs, strict=True)]
+  return x, tuple(cache._replace(kv=kv) for cache, kv in zip(caches, written)), last
 
 
 def _swap(kv: LayerCache) -> LayerCache:

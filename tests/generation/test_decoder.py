@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -156,6 +158,25 @@ def test_padding_is_not_stored():
   ((_, _, cache),) = run(decoder, tokens, [(4, 2, 3)])
   held = (np.stack([layer.key for layer in cache.layers]) != 0).any(axis=(0, 2, 4))
   np.testing.assert_array_equal(held, np.arange(LENGTH)[None] < np.array([[4], [2], [3]]))
+
+
+# A decoder of each way to run layers.
+WAYS = [("dense", "qwen", 0), ("sorted_net", "qwen", 0), ("recursive", "plain", 1), ("first", "qwen", 0)]
+WAYS += [("early_exit", rule, 3) for rule in ("project", "copy", "hole", "exact")]
+WAYS += [("ponder", "act", 2), (MOR, "wise", -1), (MOR, "shared", -1), (MOR, "hybrid", -1), (MOD, "router", 1)]
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("which", WAYS, ids=str)
+def test_a_step_copies_no_cache_and_no_weights(which, rows):
+  decoder, _, _ = case(*which)
+  cache, ones = decoder.empty_cache(rows, 40), jnp.ones(rows, jnp.int32)
+  step = jax.jit(decoder.step, donate_argnums=3).lower(decoder.params, ones[:, None], ones, cache)
+  shapes = re.findall(r" = \w+\[([\d,]+)\]\S* copy\(", step.compile().as_text())
+  copied = {math.prod(map(int, dims.split(","))) for dims in shapes}
+  assert copied, "the text is read: something small is copied in every step"
+  held = {leaf.size for leaf in jax.tree.leaves((decoder.params, cache))}
+  assert not copied & {size for size in held if size >= 128}, "what is smaller is as large as a stream by chance"
 
 
 def test_a_sub_model_s_decoder_holds_its_own_part_only():
