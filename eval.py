@@ -22,7 +22,9 @@ _EXTRACT = flags.DEFINE_string("extract", None, "Write this sub-model as an ordi
 _HUGGING_FACE = flags.DEFINE_bool(
   "hugging_face", False, "With --extract: write a Hugging Face folder instead of a run."
 )
-_OUTPUT = flags.DEFINE_string("output", None, "Where results go: by default the workdir, or beside the runs.")
+_OUTPUT = flags.DEFINE_string(
+  "output", None, "Where results go: by default the workdir, with --set a folder in it, with --compare beside the runs."
+)
 
 
 def main(argv: list[str]) -> None:
@@ -50,7 +52,8 @@ def main(argv: list[str]) -> None:
   elif _EXTRACT.value is not None:
     extraction.extract(_WORKDIR.value, _STEP.value, _EXTRACT.value, _OUTPUT.value, _HUGGING_FACE.value)
   else:
-    reports.evaluate(_WORKDIR.value, _STEP.value, _OUTPUT.value or _WORKDIR.value, _SET.value, **settings)
+    output = _OUTPUT.value or reports.folder(_WORKDIR.value, _SET.value)
+    reports.evaluate(_WORKDIR.value, _STEP.value, output, _SET.value, **settings)
 
 
 if __name__ == "__main__":

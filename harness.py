@@ -18,7 +18,7 @@ _SUBMODEL = flags.DEFINE_string("submodel", "full", "Name of a sub-model, as eva
 _LIMIT = flags.DEFINE_integer("limit", None, "Of each task at most so many documents.", lower_bound=1)
 _FEWSHOT = flags.DEFINE_integer("num_fewshot", None, "Examples before each document; the task's own by default.")
 _CHAT = flags.DEFINE_bool("chat", False, "Write prompts by the model's chat template.")
-_ROWS = flags.DEFINE_integer("rows", 8, "Texts at a time.", lower_bound=1)
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Texts at a time.", lower_bound=1)
 _MAX_LEN = flags.DEFINE_integer("max_len", None, "Tokens of the longest row; by default the run's data.seq_len.")
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint to use; the newest by default.")
 _SET = flags.DEFINE_multi_string("set", [], "Setting to change that is not trained, such as method.exit.kv=exact.")
@@ -45,7 +45,7 @@ def main(argv: list[str]) -> None:
     limit=_LIMIT.value,
     num_fewshot=_FEWSHOT.value,
     chat=_CHAT.value,
-    rows=_ROWS.value,
+    rows=_BATCH_SIZE.value,
     max_len=_MAX_LEN.value,
     step=_STEP.value,
     changes=tuple(_SET.value),

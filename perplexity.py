@@ -18,7 +18,7 @@ _WINDOW = flags.DEFINE_integer(
 )
 _LIMIT = flags.DEFINE_integer("limit", None, "Of each file at most so many windows.", lower_bound=1)
 _SUBMODEL = flags.DEFINE_multi_string("submodel", [], "Name of a sub-model; all of them by default.")
-_ROWS = flags.DEFINE_integer("rows", 8, "Windows at a time.")
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Windows at a time.")
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint to use; the newest by default.")
 _SET = flags.DEFINE_multi_string("set", [], "Setting to change that is not trained, such as model.dtype=bfloat16.")
 
@@ -41,7 +41,7 @@ def main(argv: list[str]) -> None:
     window=_WINDOW.value,
     limit=_LIMIT.value,
     submodels=tuple(_SUBMODEL.value),
-    rows=_ROWS.value,
+    rows=_BATCH_SIZE.value,
     step=_STEP.value,
     changes=tuple(_SET.value),
   )

@@ -9,6 +9,7 @@ the less often the longer the choice has stayed the same; and drafting does not 
 unsure of, since a round is one program, whose check would be as long as ever.
 """
 
+import collections
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -109,6 +110,7 @@ class Chooser:
     self._costs = RoundCosts(layers, full, lengths, overhead)
     self._short = self._lengths[None] * np.array(layers)[:, None] <= 2 * full
     self._refined = False
+    self._rounds: collections.Counter[tuple[int, int]] = collections.Counter()
     self._start_looking()
     self._forget()
 
@@ -137,6 +139,13 @@ class Chooser:
   def _joint(self) -> np.ndarray:
     """How often each draft was right where all were looked at, [e]."""
     return (self._agreed + 0.5) / (self._seen + 1.0)
+
+  @property
+  def usual(self) -> tuple[Choice, float] | None:
+    """What most rounds took so far, and which share of them; None before the first."""
+    for (draft, tokens), number in self._rounds.most_common(1):
+      return Choice(draft, tokens), number / self._rounds.total()
+    return None
 
   def _forget(self) -> None:
     self._agreed, self._seen = np.zeros(self._short.shape[0]), 0.0
@@ -175,7 +184,9 @@ class Chooser:
     return pair
 
   def _choice(self, draft: int, length: int) -> Choice:
-    return Choice(int(draft), int(self._lengths[length]))
+    choice = Choice(int(draft), int(self._lengths[length]))
+    self._rounds[choice.draft, choice.tokens] += 1
+    return choice
 
   def _best(self) -> tuple[int, int]:
     """Draft and length, as indices."""

@@ -108,6 +108,10 @@ def complete(workdir: str, request: Request) -> None:
       generator = Generator(plan.method.decoder(plan.model, params, submodel), **sampled)
     del params
     summary = _summary((_stream if len(prompts) == 1 else _print_all)(generator, request, prompts, texts))
+    if request.draft == "auto" and choice.usual is not None:
+      taken, share = choice.usual
+      what = f"{taken.tokens} tokens drafted by {layers[taken.draft]} layers" if taken.tokens else "no draft"
+      summary += f"; {share:.0%} of the rounds: {what}"
   print(summary, file=sys.stderr)
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import pathlib
+import re
 import sys
 from collections.abc import Sequence
 
@@ -17,6 +18,12 @@ from adaptive.training.run import CHECKPOINTS, Run, load_params, load_run
 from adaptive.training.workdir import load_config, user_errors
 
 CHANGED = "changed"  # a note of settings that differ from the run's own
+
+
+def folder(workdir: str, changes: Sequence[str] = ()) -> str:
+  """Where results go by themselves: the workdir, or a folder in it that says which of its settings were changed."""
+  name = re.sub(r"[^\w.=,+()-]+", "_", "_".join(changes))[:100]
+  return str(pathlib.Path(workdir) / name) if name else workdir
 
 
 def evaluate(workdir: str, step: int | None, output: str, changes: Sequence[str] = (), **settings) -> Family:

@@ -1,5 +1,7 @@
 """generate.py --draft: the same text from a part of the model and the rest, and what cannot be in one line."""
 
+import re
+
 import jax
 import pytest
 import tiny
@@ -43,6 +45,12 @@ def test_a_draft_changes_no_text(workdirs, capsys, draft, prompts):
   assert found.out == want.out
   assert "tokens_per_round" in found.err
   assert "tokens_per_round" not in want.err
+
+
+def test_auto_says_what_it_took_and_nothing_where_there_was_no_round(workdirs, capsys):
+  said = r"tokens_per_round.*; \d+% of the rounds: (\d+ tokens drafted by 1 layers|no draft)"
+  assert re.search(said, text(capsys, workdirs["early_exit"], "the ", draft="auto").err)
+  assert "of the rounds" not in text(capsys, workdirs["early_exit"], "the ", draft="auto", max_new_tokens=1).err
 
 
 def test_a_stop_text_and_a_setting_that_is_not_trained_go_with_it(workdirs, capsys):

@@ -135,6 +135,17 @@ def test_rates_of_all_move_with_those_of_the_draft_that_was_taken():
   np.testing.assert_allclose(chooser.rates, (0.8, odds / (1 + odds)), atol=2e-3)
 
 
+def test_the_usual_choice_is_what_most_rounds_took():
+  chooser = Chooser((1, 2), 4, (1, 2), overhead=0.0)
+  assert chooser.usual is None
+  chooser.observe({"agrees": (np.array([0.0, 99.0]), 99.0)}, None)
+  taken = [chooser.choose()[:2] for _ in range(3)]
+  chooser.observe({"agrees": (np.array([9999.0, 0.0]), 9999.0)}, None)
+  taken += [chooser.choose()[:2] for _ in range(5)]
+  assert len(set(taken)) == 2
+  assert chooser.usual == (Choice(*taken[-1]), 5 / 8)
+
+
 def looks(chooser, rounds):
   """The numbers of the rounds, from 1, that look."""
   return [i for i in range(1, rounds + 1) if chooser.choose().look]

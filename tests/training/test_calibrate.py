@@ -195,6 +195,12 @@ def test_settings_that_cannot_be_changed_are_one_line(workdir, change, message):
     reports.evaluate(str(workdir), None, str(workdir), [change])
 
 
+def test_results_with_other_settings_do_not_replace_the_run_s_own():
+  assert reports.folder("runs/a") == "runs/a"
+  changed = reports.folder("runs/a", ["method.exit.signal=margin", "data.path=/tmp/b c"])
+  assert changed == "runs/a/method.exit.signal=margin_data.path=_tmp_b_c"
+
+
 def test_a_run_without_exits_or_without_more_text_is_refused(workdir, tmp_path):
   with pytest.raises(ConfigError, match="no held-out rows are left"):
     calibrate.calibrate(str(workdir), None, Goals((0.5,), (), 0.9), ["evaluation.rows=100000"], None)
