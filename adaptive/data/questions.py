@@ -84,7 +84,7 @@ def read_bytes(path: str) -> bytes:
 def json_object(line: bytes, where: str) -> Mapping[str, Any]:
   """What a line says; ConfigError when it is no JSON object."""
   try:
-    found = json.loads(line.decode("utf-8"))
+    found = json.loads(line.decode("utf-8-sig"))  # some editors begin a file with a mark of byte order
   except (ValueError, RecursionError) as error:  # of the first kind is what is not UTF-8, too
     raise ConfigError(f"{where} is not JSON: {error}") from error
   require(isinstance(found, dict), f"{where} is not a JSON object")

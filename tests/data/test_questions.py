@@ -25,6 +25,12 @@ def test_both_kinds_of_questions(tmp_path):
   assert [question.answer_text for question in found] == [" or so", " 1\n"]
 
 
+def test_a_mark_of_byte_order_is_no_part_of_the_first_line(tmp_path):
+  plain, marked = write(tmp_path / "q.jsonl", CHOICE, TEXT), tmp_path / "marked.jsonl"
+  marked.write_text((tmp_path / "q.jsonl").read_text(), encoding="utf-8-sig")
+  assert read_questions(str(marked)) == read_questions(plain)
+
+
 def error_of(path):
   with pytest.raises(ConfigError) as caught:
     read_questions(str(path))
