@@ -38,15 +38,12 @@ class Timed:
   def __init__(self, decoder, step, prompt, slots: int):
     self._decoder, self._step, self._prompt = decoder, step, prompt
     self._counts, self._slots = np.array([prompt.shape[1]], np.int32), slots
-    self._cache = self._read()
-
-  def _read(self):
-    empty = self._decoder.empty_cache(1, self._slots)
-    return jax.block_until_ready(self._step(self._decoder.params, self._prompt, self._counts, empty)[1])
+    self.prompt()
 
   def prompt(self) -> float:
+    empty = jax.block_until_ready(self._decoder.empty_cache(1, self._slots))
     began = time.perf_counter()
-    self._cache = self._read()
+    _, self._cache, _ = jax.block_until_ready(self._step(self._decoder.params, self._prompt, self._counts, empty))
     return time.perf_counter() - began
 
   def token(self, repeats: int = 5) -> float:
