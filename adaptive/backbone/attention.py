@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from adaptive.backbone.layers import RMSNorm, param, residual_init
+from adaptive.backbone.layers import RMSNorm, param, project_out, residual_init
 from adaptive.config import ModelConfig, RopeScaling
 
 _MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)  # of a score; finite, for a row that sees nothing
@@ -155,8 +155,8 @@ class Attention(nn.Module):
       if context.slots is not None:
         cache = write(cache, LayerCache(*self.key_value(x, context)), context.slots)
       attended = self._attend_cache(query, cache, context.mask)
-    # One contracted axis: with three of them, a step of decoding would copy the weights into another order.
-    return attended.reshape(*attended.shape[:2], -1) @ self.out.reshape(-1, self.out.shape[-1]), cache
+    attended = attended.reshape(*attended.shape[:2], *self.out.shape[:3])
+    return project_out(attended, self.out, flat=cache is not None), cache
 
   def _query(self, x: jax.Array, context: Context) -> jax.Array:
     """Rotated queries [b, t, k * g, h]."""

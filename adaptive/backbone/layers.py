@@ -31,6 +31,18 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
   return (x32 * inverse * scale).astype(x.dtype)
 
 
+def project_out(hidden: jax.Array, weight: jax.Array, flat: bool) -> jax.Array:
+  """Hidden [b, t, *c] times weight [*c, d] -> [b, t, d].
+
+  Args:
+    flat: whether as one contracted axis: with several, a step of decoding copies the weight into another order. With
+      one, a sharded training step reduces some gradients on all devices that it could reduce and scatter.
+  """
+  if flat:
+    return hidden.reshape(*hidden.shape[:2], -1) @ weight.reshape(-1, weight.shape[-1])
+  return jnp.tensordot(hidden, weight, axes=weight.ndim - 1)
+
+
 class RMSNorm(nn.Module):
   """RMSNorm over the last axis, [..., d] -> [..., d]."""
 
@@ -53,7 +65,7 @@ class FeedForward(nn.Module):
   config: ModelConfig
 
   @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
+  def __call__(self, x: jax.Array, decoding: bool = False) -> jax.Array:
     c = self.config
     shape = (c.d_model, c.ff_groups, c.d_ff // c.ff_groups)
     init, axes = nn.initializers.normal(c.init_std), ("embed", "mlp_groups", "mlp")
@@ -61,8 +73,7 @@ class FeedForward(nn.Module):
     up = param(self, "up", init, shape, axes)
     down = param(self, "down", residual_init(c), shape[1:] + shape[:1], ("mlp_groups", "mlp", "embed"))
     hidden = nn.silu(jnp.einsum("btd,dmf->btmf", x, gate)) * jnp.einsum("btd,dmf->btmf", x, up)
-    # One contracted axis, as in attention: with two of them, a step of decoding would copy the weights.
-    return hidden.reshape(*hidden.shape[:2], -1) @ down.reshape(-1, c.d_model)
+    return project_out(hidden, down, flat=decoding)
 
 
 class Embedding(nn.Module):

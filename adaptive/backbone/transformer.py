@@ -35,7 +35,7 @@ class Block(nn.Module):
     """[b, t, d] -> ([b, t, d], cache)."""
     attended, cache = self.attention(self.attention_norm(x), context, cache)
     x = constrain(x + attended, "batch", "length", None)
-    x = x + self.mlp(self.mlp_norm(x))
+    x = x + self.mlp(self.mlp_norm(x), decoding=cache is not None)
     return constrain(x, "batch", "length", None), cache
 
   def key_value(self, x: jax.Array, context: Context) -> LayerCache:
