@@ -1,5 +1,9 @@
 """Depth-wise batching says what plain generation says, for every request, whoever shares the slots with it."""
 
+import collections
+import math
+import re
+
 import jax
 import numpy as np
 import pytest
@@ -51,6 +55,19 @@ def test_on_a_mesh_programs_are_compiled_once_and_say_the_same():
   deep = DepthwiseGenerator(MOR.ticker(model, spread, submodel), 32, greedy, slots=3)
   assert [deep(PROMPTS, MOST).tokens for _ in range(2)] == [expected] * 2
   assert (deep._admit._cache_size(), deep._tick._cache_size()) == (2, 1), "prompts one by one or by four"
+
+
+def test_layers_around_the_loop_are_stored_in_place():
+  model, params = made(kv_cache="shared")
+  deep = DepthwiseGenerator(MOR.ticker(model, params, MOR.submodels(model)[-1]), 32, slots=3)
+  tick = deep._tick.lower(deep._ticker.params, deep._empty(40), np.uint32(0), MOST)
+  made_by = collections.defaultdict(set)
+  for dims, name in re.findall(r" = \w+\[([\d,]+)\]\S* ([\w-]+)\(", tick.compile().as_text()):
+    made_by[math.prod(map(int, dims.split(",")))].add(name)
+  cache = deep._empty(40).slots.before[0].key
+  found = set.union(*(made_by[rows * cache[0].size] for rows in (1, 2, 3)))  # of some slots, or of all
+  assert "parameter" in found, "the text is read"
+  assert found <= {"parameter", "get-tuple-element", "bitcast", "fusion", "scatter", "dynamic-update-slice"}
 
 
 def test_a_shallow_token_does_not_wait_for_a_deep_one():

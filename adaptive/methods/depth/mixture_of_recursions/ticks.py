@@ -108,7 +108,7 @@ def _advance(model: nn.Module, rule: Rule, params: Params, slots: Slots) -> Slot
   x = jnp.where(active[:, None], slots.x + x, slots.x)
   counts = slots.counts.at[which, rows].add(active.astype(jnp.int32))
   slots = slots._replace(x=x, which=slots.which + active, block=block, index=index, counts=counts)
-  return _decide(model, rule, params, slots)
+  return _decide(model, rule, params, slots, range(1, number))
 
 
 def _with_first_keys(model: nn.Module, params: Params, slots: Slots, first: jax.Array):
@@ -140,11 +140,11 @@ def _select(leaf: jax.Array, which: jax.Array) -> jax.Array:
   return chosen
 
 
-def _decide(model: nn.Module, rule: Rule, params: Params, slots: Slots) -> Slots:
-  """Which slots take the pass that is next for them, and its gate; the others are ready."""
+def _decide(model: nn.Module, rule: Rule, params: Params, slots: Slots, following: range) -> Slots:
+  """Which slots take the pass that is next for them, one of `following`, and its gate; the others are ready."""
   number, position = model.method.num_recursions, (slots.lengths - 1)[:, None]
   which, weight = slots.which, slots.weight
-  for each in range(number):
+  for each in following:
     here = slots.which == each
     scores, decisions = causal.scores(model, params, each, slots.x[:, None], position)
     want = causal.passes(model, each, decisions, rule) & (each < rule.recursions)
@@ -171,14 +171,14 @@ def _feed(model: nn.Module, rule: Rule, params: Params, slots: Slots, chosen, to
   position = slots.lengths[chosen]
   x = model.apply({"params": params}, tokens[:, None], method=lambda m, t: m.embedding.encode(t))[:, 0]
   target, begins = jnp.where(valid, position, slots.room), jnp.where(valid, chosen, slots.which.shape[0])
-  x, before = _around(model, params["layers"][0], x, position, slots.before, chosen, target)
+  x, before = _around(model, params["layers"][0], x, position, slots.before, begins, target)
   begun = slots._replace(
     x=slots.x.at[begins].set(x, mode="drop"),
     which=slots.which.at[begins].set(0, mode="drop"),
     lengths=slots.lengths.at[begins].add(1, mode="drop"),
     before=before,
   )
-  decided = _decide(model, rule, params, begun)
+  decided = _decide(model, rule, params, begun, range(1))
   # Only those that begin decide here; the others have done so when they advanced.
   fresh = jnp.zeros(slots.which.shape, bool).at[begins].set(True, mode="drop")
   return decided._replace(
@@ -220,15 +220,18 @@ def _prefill(model: nn.Module, rule: Rule, params: Params, slots: Slots, chosen,
   )
 
 
-def _around(model: nn.Module, layers: tuple[Params, ...], x, position, caches: tuple[LayerCache, ...], chosen, target):
-  """Layers around the loop for the chosen slots, whose caches grow by a token."""
+def _around(model: nn.Module, layers: tuple[Params, ...], x, position, caches: tuple[LayerCache, ...], rows, target):
+  """Layers around the loop for tokens [c, d] of the slots `rows`, whose caches grow by one; a row past them has none.
+
+  They run for all slots, of which the others store nothing: their caches are then read and written where they lie.
+  """
   if not layers:
     return x, caches
-  own = jax.tree.map(lambda leaf: leaf[chosen], caches)
-  seen = jnp.arange(own[0].key.shape[2])[None] <= position[:, None]
-  x, own = _run(model, layers, x, position, seen, target, own)
-  put = lambda leaf, new: leaf.at[chosen, :, target].set(_entry(new, target), mode="drop")
-  return x, jax.tree.map(put, caches, own)
+  number, _, room, _ = caches[0].key.shape
+  spread = lambda of, rest: jnp.full((number, *of.shape[1:]), rest, of.dtype).at[rows].set(of, mode="drop")
+  seen = jnp.arange(room)[None] <= spread(position, 0)[:, None]
+  everyone, caches = _run(model, layers, spread(x, 0), spread(position, 0), seen, spread(target, room), caches)
+  return everyone[jnp.minimum(rows, number - 1)], caches
 
 
 def _run(model: nn.Module, layers: tuple[Params, ...], x, position, seen, target, own: tuple[LayerCache, ...]):
