@@ -65,6 +65,45 @@ def test_multiple_choice(tmp_path, source, kind):
   assert "has 20 questions, too few" in refused.stderr
 
 
+def test_multiple_choice_with_the_fields_of_the_published_data(tmp_path):
+  piqa = [{"goal": f"Do {i}?", "sol1": "this", "sol2": "that ", "label": i % 2} for i in range(4)]
+  siqa = {"answerA": "x", "answerB": "y", "answerC": "z"}
+  siqa = [{"context": "Ann ran.", "question": f"Why {i}?", **siqa, "label": str(i % 3 + 1)} for i in range(4)]
+  (tmp_path / "piqa.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*piqa, {**piqa[0], "label": -1}]))
+  (tmp_path / "siqa.jsonl").write_text("".join(json.dumps(line) + "\n" for line in siqa))
+  for kind in ("piqa", "siqa"):
+    options = dict(source=str(tmp_path / f"{kind}.jsonl"), train=3, held_out=1)
+    (train, held_out), _ = made("make_questions.py", tmp_path / kind, kind, **options)
+    for question in train + held_out:
+      number = int(question.id.removeprefix(f"{kind}/"))
+      if kind == "piqa":
+        assert question.prompt == f"Question: Do {number}?\nAnswer:"
+        assert (question.options, question.answer) == ((" this", " that"), number % 2)
+      else:
+        assert question.prompt == f"Q: Ann ran. Why {number}?\nA:"
+        assert (question.options, question.answer) == ((" x", " y", " z"), number % 3)
+
+
+@pytest.mark.parametrize(
+  ("text", "message"),
+  [
+    (None, "cannot read .*No such file"),
+    ("{", "line 1 is not JSON"),
+    ('{"question": "a"}', "line 1 has no field 'options'"),
+    ('{"goal": "a", "sol1": "b", "sol2": "c", "label": "x"}', "line 1 is not such a question"),
+    ("[1]", "line 1 is not such a question"),
+    ('{"goal": "a", "sol1": 3, "sol2": "c", "label": 0}', "line 1 is not such a question"),
+  ],
+)
+def test_sources_that_cannot_be_read_are_one_line(tmp_path, text, message):
+  source = tmp_path / "source.jsonl"
+  if text is not None:
+    source.write_text(text + "\n")
+  refused = run("make_questions.py", tmp_path, kind="piqa", source=str(source), train=1, held_out=1)
+  assert re.search(message, refused.stderr.splitlines()[-1])
+  assert "Traceback" not in refused.stderr
+
+
 def follow(prompt):
   """Every place on the way, the start too, of "0>3 ...; steps 2: 0>"."""
   table, steps, start = re.fullmatch(r"((?:\d>\d ?)+); steps (\d): (\d)>", prompt).groups()

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from adaptive.config import ModelConfig, TrainingConfig, require
+from adaptive.config import Experiment, ModelConfig, require
 from adaptive.cost import Cost
 from adaptive.depth.ladder import Ladder
 from adaptive.losses import SumCount
@@ -141,8 +141,8 @@ class Method(Protocol):
   def build(self, model_config: ModelConfig, config: Any) -> nn.Module:
     """The model; called on a batch it computes the full model's logits. ConfigError for settings that cannot be."""
 
-  def check_training(self, model: nn.Module, training: TrainingConfig) -> None:
-    """ConfigError for settings of the training with which the method's own would train something else than they say."""
+  def check_training(self, model: nn.Module, experiment: Experiment) -> None:
+    """ConfigError for settings of training and data with which the method's own cannot train what they say."""
 
   def submodels(self, model: nn.Module) -> tuple[SubModel, ...]:
     """All sub-models that the method trains, the full model last. An index below is a position in this list."""

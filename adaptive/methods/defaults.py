@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import flax.linen as nn
 from jax.sharding import Mesh
 
-from adaptive.config import TrainingConfig
+from adaptive.config import Experiment
 from adaptive.methods.contract import Batch, Metrics, Params, SubModel
 
 __all__ = [
@@ -29,7 +29,7 @@ def batch_parts(model: nn.Module) -> int:
   return 1
 
 
-def check_training(model: nn.Module, training: TrainingConfig) -> None:
+def check_training(model: nn.Module, experiment: Experiment) -> None:
   """Trains in whatever way."""
 
 

@@ -4,7 +4,7 @@ import pathlib
 import re
 
 from adaptive.config import ConfigError, require
-from adaptive.pretrained.published import is_published
+from adaptive.pretrained.published import require_published
 
 _FILES = ("*.json", "*.safetensors", "*.jinja")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -21,7 +21,7 @@ def resolve(name: str) -> str:
   """
   path = pathlib.Path(name).expanduser()
   if path.exists():
-    require(is_published(str(path)), f"{name} is neither a Hugging Face folder (config.json) nor a GGUF file")
+    require_published(path)
     return str(path)
   require(bool(_HUB_NAME.fullmatch(name)), f"there is no folder or file {name}")
   by_hand = f"download its {', '.join(_FILES)} into a folder yourself, and name that"

@@ -23,6 +23,13 @@ def is_published(path: str) -> bool:
   return "model_type" in _json(where / _CONFIG)
 
 
+def require_published(path: pathlib.Path) -> None:
+  """ConfigError for anything else; of a folder that holds a GGUF file, with that file's name."""
+  inside = sorted(path.glob(f"*{_GGUF}")) if path.is_dir() else []
+  hint = f": name the file in it, {inside[0]}" if inside else ""
+  require(is_published(str(path)), f"{path} is neither a Hugging Face folder ({_CONFIG}) nor a GGUF file{hint}")
+
+
 def _json(path: pathlib.Path) -> dict[str, Any]:
   """A JSON file's object; empty where there is none."""
   try:
@@ -43,7 +50,7 @@ class Published:
   path: pathlib.Path
 
   def __post_init__(self):
-    require(is_published(str(self.path)), f"{self.path} is neither a Hugging Face folder nor a GGUF file")
+    require_published(self.path)
 
   @functools.cached_property
   def _gguf(self) -> GGUFFile | None:

@@ -100,7 +100,7 @@ def _pieces(questions: Sequence[Question], plan: Plan, max_len: int | None) -> l
 
 
 def _plan_of(path: str, num_layers: int) -> tuple[int, ...]:
-  """The layers of the plan that a label file has most often, as a path."""
+  """The layers of the plan that a label file has most often, as a path; says so where it has others too."""
   header, labels = read_labels(path)
   require(
     header.num_layers == num_layers, f"{path!r} is of a model of {header.num_layers} layers, this one has {num_layers}"
@@ -108,6 +108,9 @@ def _plan_of(path: str, num_layers: int) -> tuple[int, ...]:
   require(bool(labels), f"{path!r} holds no labels")
   plans = [label.visits for label in labels]
   commonest = max(set(plans), key=plans.count)
+  if len(set(plans)) > 1:
+    number = plans.count(commonest)
+    print(f"{path} holds no plan for all questions: its most frequent is asked, of {number} of {len(plans)} questions")
   layers = tuple(layer for layer, count in enumerate(commonest) for _ in range(count))
   require(bool(layers), f"{path!r}: its plan runs no layer at all")
   return layers

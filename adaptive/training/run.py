@@ -77,7 +77,7 @@ def plan(
   )
   model = method.build(e.model, e.method)
   if training:
-    method.check_training(model, e.training)
+    method.check_training(model, e)
   mesh = sharding.make_mesh(e.mesh, devices)
   m = e.model
   sizes = dict(vocab=m.vocab_size, embed=m.d_model, kv_heads=m.num_kv_heads, mlp_groups=m.ff_groups)

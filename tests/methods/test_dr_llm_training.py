@@ -12,7 +12,7 @@ from routed import LAYERS, MODEL, built, forward, labelled, questions, sizes, va
 
 from adaptive import losses
 from adaptive.backbone.transformer import init_params
-from adaptive.config import ConfigError, TrainingConfig
+from adaptive.config import ConfigError, DataConfig, Experiment, TrainingConfig
 from adaptive.methods.depth import dr_llm
 from adaptive.methods.depth.dr_llm import objective, router
 
@@ -172,13 +172,23 @@ def test_the_paper_s_start_is_xavier_s():
     assert len(np.unique(fresh[name][:, 0, 0])) == LAYERS, "every layer has its own"
 
 
+def experiment(**parts):
+  return Experiment(method=dr_llm.Config(), **parts)
+
+
 def test_what_cannot_be_is_refused():
   with pytest.raises(ConfigError, match=r"method.budgets=\(0.5, -0.5\) must be increasing"):
     dr_llm.Config(budgets=(0.5, -0.5))
   with pytest.raises(ConfigError, match="method.beta=1.0 must be below 1"):
     dr_llm.Config(beta=1.0)
   with pytest.raises(ConfigError, match="training.init_from"):
-    dr_llm.check_training(built(), TrainingConfig())
+    dr_llm.check_training(built(), experiment())
+  trained = TrainingConfig(init_from="runs/base")
+  with pytest.raises(ConfigError, match="set data.source='questions' and data.labels"):
+    dr_llm.check_training(built(), experiment(training=trained))
+  dr_llm.check_training(
+    built(), experiment(training=trained, data=DataConfig(source="questions", path="q.jsonl", labels="l.jsonl"))
+  )
   model = built()
   with pytest.raises(ConfigError, match="set data.source='questions' and data.labels"):
     dr_llm.loss(model, tiny.random_params(model), tiny.packed_batch(MODEL), (3,), jax.random.key(0), 0)

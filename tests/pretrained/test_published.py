@@ -106,6 +106,9 @@ def test_names_that_are_nothing_are_refused(tmp_path):
     hub.resolve(str(tmp_path / "nothing" / "here"))
   with pytest.raises(ConfigError, match="neither a Hugging Face folder"):
     hub.resolve(str(tmp_path))
+  (tmp_path / "small.gguf").touch()
+  with pytest.raises(ConfigError, match="name the file in it, .*small.gguf"):
+    hub.resolve(str(tmp_path))
   folder = folders.write(tmp_path / "model")
   assert hub.resolve(str(folder)) == str(folder)
   with pytest.raises(ConfigError, match="which has no steps"):

@@ -48,6 +48,11 @@ def place(tmp_path_factory):
     yield folder, workdir, held_out, quizzed.with_options(held_out), fixed
 
 
+def test_a_label_file_of_several_plans_says_which_is_asked(place, capsys):
+  assert quiz_run._plan_of(place[4], LAYERS) == tuple(i for i, count in enumerate(PLAN) for _ in range(count))
+  assert "its most frequent is asked, of 3 of 5 questions" in capsys.readouterr().out
+
+
 @pytest.fixture(scope="module")
 def asked(place):
   """What is written of questions with options."""

@@ -30,7 +30,7 @@ import numpy as np
 from adaptive import cost as costs
 from adaptive import executors
 from adaptive.backbone.transformer import Batch
-from adaptive.config import ModelConfig, TrainingConfig, require, require_range, require_trained
+from adaptive.config import Experiment, ModelConfig, require, require_range, require_trained
 from adaptive.depth import exits as exiting
 from adaptive.depth import heads, objectives
 from adaptive.methods.contract import Metrics, Params
@@ -94,9 +94,9 @@ def build(model_config: ModelConfig, config: Config) -> EarlyExit:
   return model
 
 
-def check_training(model: EarlyExit, training: TrainingConfig) -> None:
+def check_training(model: EarlyExit, experiment: Experiment) -> None:
   if model.method.heads_only:
-    require_trained(training, "method.heads_only")
+    require_trained(experiment.training, "method.heads_only")
 
 
 def weights_at(model: EarlyExit, step: jax.Array) -> jax.Array:

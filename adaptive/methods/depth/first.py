@@ -33,7 +33,7 @@ from adaptive import losses, routing
 from adaptive.backbone import decoding
 from adaptive.backbone.layers import param
 from adaptive.backbone.transformer import Transformer
-from adaptive.config import ModelConfig, TrainingConfig, require, require_range, require_trained
+from adaptive.config import Experiment, ModelConfig, require, require_range, require_trained
 from adaptive.depth import chance, prompt_plan
 from adaptive.methods.contract import Batch, Decoder, Metrics, Output, Params, SubModel, check_index
 from adaptive.methods.defaults import (
@@ -135,9 +135,9 @@ def build(model_config: ModelConfig, config: Config) -> FiRST:
   return FiRST(model_config, method=config)
 
 
-def check_training(model: FiRST, training: TrainingConfig) -> None:
+def check_training(model: FiRST, experiment: Experiment) -> None:
   if model.method.train == "routers":
-    require_trained(training, "method.train='routers'")
+    require_trained(experiment.training, "method.train='routers'")
 
 
 def submodels(model: FiRST) -> tuple[SubModel, ...]:

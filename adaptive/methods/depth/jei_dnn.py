@@ -29,7 +29,7 @@ import numpy as np
 from adaptive import cost as costs
 from adaptive import executors, losses, routing
 from adaptive.backbone.transformer import Batch
-from adaptive.config import ModelConfig, TrainingConfig, require, require_range, require_trained
+from adaptive.config import Experiment, ModelConfig, require, require_range, require_trained
 from adaptive.depth import exits as exiting
 from adaptive.depth import heads, objectives
 from adaptive.depth.signals import Signal
@@ -136,15 +136,15 @@ def build(model_config: ModelConfig, config: Config) -> JeiDnn:
   return model
 
 
-def check_training(model: JeiDnn, training: TrainingConfig) -> None:
+def check_training(model: JeiDnn, experiment: Experiment) -> None:
   """The stages train apart only if what has no gradient stays as it is."""
   require(
-    training.optimizer.inactive == "freeze",
+    experiment.training.optimizer.inactive == "freeze",
     "training.optimizer.inactive='keep' would move gates and heads in each other's turns, by momentum: jei_dnn trains "
     "with 'freeze'",
   )
   if model.method.backbone == "frozen":
-    require_trained(training, "method.backbone='frozen'")
+    require_trained(experiment.training, "method.backbone='frozen'")
 
 
 def statistics(logits: jax.Array) -> jax.Array:

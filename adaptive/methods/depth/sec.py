@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from adaptive import cost as costs
 from adaptive import executors, losses, routing
 from adaptive.backbone.transformer import Batch
-from adaptive.config import ModelConfig, TrainingConfig, require, require_range, require_trained
+from adaptive.config import Experiment, ModelConfig, require, require_range, require_trained
 from adaptive.depth import exits as exiting
 from adaptive.depth import heads
 from adaptive.depth.signals import Signal
@@ -121,9 +121,9 @@ def build(model_config: ModelConfig, config: Config) -> Sec:
   return heads.check(Sec(model_config, method=config))
 
 
-def check_training(model: Sec, training: TrainingConfig) -> None:
+def check_training(model: Sec, experiment: Experiment) -> None:
   if model.method.backbone == "frozen":
-    require_trained(training, "method.backbone='frozen'")
+    require_trained(experiment.training, "method.backbone='frozen'")
 
 
 def actions(params: Params, x: jax.Array) -> jax.Array:

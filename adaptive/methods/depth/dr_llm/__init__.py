@@ -32,7 +32,7 @@ from adaptive import cost as costs
 from adaptive import losses
 from adaptive.backbone import decoding
 from adaptive.backbone.transformer import Transformer
-from adaptive.config import ModelConfig, TrainingConfig, require, require_range, require_trained
+from adaptive.config import Experiment, ModelConfig, require, require_range, require_trained
 from adaptive.depth import chance
 from adaptive.methods.contract import Batch, Decoder, Metrics, Output, Params, SubModel, check_index
 from adaptive.methods.defaults import (
@@ -52,6 +52,7 @@ __all__ = [
   "update_flops",
 ]  # fmt: skip
 
+_NO_LABELS = "method dr_llm learns from labels of a search: set data.source='questions' and data.labels"
 _EXECUTE = 0.5  # the budget at which every layer is executed, whatever its router says
 
 
@@ -118,8 +119,10 @@ def build(model_config: ModelConfig, config: Config) -> DrLLM:
   return DrLLM(model_config, method=config)
 
 
-def check_training(model: DrLLM, training: TrainingConfig) -> None:
-  require_trained(training, "method dr_llm")
+def check_training(model: DrLLM, experiment: Experiment) -> None:
+  require_trained(experiment.training, "method dr_llm")
+  data = experiment.data
+  require(data.source == "questions" and bool(data.labels), _NO_LABELS)
 
 
 def submodels(model: DrLLM) -> tuple[SubModel, ...]:
@@ -146,9 +149,7 @@ def _decisions(model: DrLLM, weights: tuple[float, ...] | jax.Array) -> running.
 
 def loss(model: DrLLM, params: Params, batch: Batch, choice, key, step) -> tuple[jax.Array, Metrics]:
   """Focal loss of every layer's router on the labels of each row's prompt."""
-  require(
-    "visits" in batch, "method dr_llm learns from labels of a search: set data.source='questions' and data.labels"
-  )
+  require("visits" in batch, _NO_LABELS)
   method, labels = model.method, batch["visits"].T  # [l, b]
   prompt, frozen = losses.prompt(batch), jax.lax.stop_gradient(backbone(params))
   cut = router.windows(prompt, method.windows, method.split)
