@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -110,7 +111,8 @@ def _plan_of(path: str, num_layers: int) -> tuple[int, ...]:
   commonest = max(set(plans), key=plans.count)
   if len(set(plans)) > 1:
     number = plans.count(commonest)
-    print(f"{path} holds no plan for all questions: its most frequent is asked, of {number} of {len(plans)} questions")
+    what = f"its most frequent is asked, of {number} of {len(plans)} questions"
+    print(f"{path} holds no plan for all questions: {what}", file=sys.stderr)
   layers = tuple(layer for layer, count in enumerate(commonest) for _ in range(count))
   require(bool(layers), f"{path!r}: its plan runs no layer at all")
   return layers

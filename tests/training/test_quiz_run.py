@@ -50,7 +50,7 @@ def place(tmp_path_factory):
 
 def test_a_label_file_of_several_plans_says_which_is_asked(place, capsys):
   assert quiz_run._plan_of(place[4], LAYERS) == tuple(i for i, count in enumerate(PLAN) for _ in range(count))
-  assert "its most frequent is asked, of 3 of 5 questions" in capsys.readouterr().out
+  assert "its most frequent is asked, of 3 of 5 questions" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
