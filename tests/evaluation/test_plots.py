@@ -32,7 +32,7 @@ def test_png_is_drawn(tmp_path, families, panels):
   plot_png(families, tmp_path / "p.png")
   assert matplotlib.rcParams._get_backend_or_none() == backend, "the process's backend was changed"
   image = drawn(tmp_path / "p.png")
-  assert image.shape[1] == round(5.6 * panels * plots.DPI)
+  assert abs(image.shape[1] - 5.6 * panels * plots.DPI) <= 1  # older matplotlibs round down
   below_legend = image[image.shape[0] // 4 :]
   for colour in plots.colours(families):
     assert pixels(below_legend, colour) > 100, f"nothing is drawn in {colour}"
