@@ -132,6 +132,21 @@ def test_samples_are_indices_of_sub_models_and_the_loss_takes_them(name):
   assert np.isfinite(float(total))
 
 
+@every_method
+def test_rows_and_whole_batches_of_padding_are_no_nan(name):
+  method, model = built(name)
+  params, batch, choice = tiny.random_params(model), training_batch(name), method.sample(model, 0, 0)
+  emptied = lambda rows: {
+    key: leaf.at[rows].set(0) if key not in ("label_counts", "visits") else leaf for key, leaf in batch.items()
+  }
+  argument = choice if method.static_choice(model) else np.asarray(choice, np.int32)
+  loss = lambda params, batch: method.loss(model, params, batch, argument, jax.random.key(0), 5)[0]
+  gradient = jax.jit(jax.value_and_grad(loss))
+  for rows in (slice(0, 1), slice(None)):
+    found = gradient(params, emptied(rows))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found))
+
+
 @pytest.mark.parametrize("name", [name for name in METHODS if name not in LEARN_LABELS])
 def test_the_loss_is_of_the_predictions_that_count(name):
   """What stands in the text where nothing is scored changes no loss; where all is scored, it is the loss of text."""
