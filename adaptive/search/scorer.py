@@ -63,7 +63,7 @@ class PathScorer:
   ):
     self._config, self._params, self._trees = config, params, trees
     self._together, self._pairs, self._kept = together, -(-pairs // together) * together, kept
-    self._options = max(tree.options for tree in trees)
+    self._options = max(len(tree.sizes) for tree in trees)
     self._program = jax.jit(lambda params, rows: _score(config, self._options, together, params, rows))
     self._streams: dict[int, OrderedDict[Visits, np.ndarray]] = {}
     self._shapes: set[tuple[int, int]] = set()
@@ -100,9 +100,9 @@ class PathScorer:
     filling = self._pairs - len(requests)
     trees = [self._trees[question] for question, _ in requests]
     stack = lambda name: np.stack([getattr(tree, name) for tree in trees] + [getattr(trees[0], name)] * filling)
-    rows = {name: stack(name) for name in ("inputs", "positions", "branch", "source", "target", "option")}
+    rows = {name: stack(name) for name in ("inputs", "positions", "options", "source", "target", "scored")}
     begun = [self._begin(question, visits) for question, visits in requests]
-    rows["option"][len(requests) :] = -1
+    rows["scored"][len(requests) :] = 0
     rows["visits"] = np.zeros((self._pairs, layers), np.int32)
     rows["start"] = np.zeros((self._pairs,), np.int32)
     rows["stream"] = np.zeros((self._pairs, shape[0], width), self._config.dtype)
@@ -122,8 +122,7 @@ class PathScorer:
     for i, ((question, visits), (start, before)) in enumerate(zip(requests, begun)):
       self._keep(question, visits, start, before, streams[:, i])
     log_probs = np.where(np.isnan(log_probs), -np.inf, log_probs)  # of a path that overflows: nothing is likely
-    sizes = [np.bincount(tree.option[tree.option >= 0], minlength=tree.options) for tree in trees]
-    each = enumerate(sizes)
+    each = enumerate(tree.sizes for tree in trees)
     return [Options(log_probs[i, : len(n)].astype(np.float64), n, greedy[i, : len(n)]) for i, n in each]
 
   def _begin(self, question: int, visits: Visits) -> tuple[int, np.ndarray | None]:
@@ -159,8 +158,8 @@ def _score(config: ModelConfig, options: int, together: int, params: Params, row
     weights, visits = inputs  # none before a pair's start
 
     def some(inputs):
-      x, positions, branch, number = inputs
-      context = Context(*rope_table(config, positions), tree_mask(branch))
+      x, positions, readers, number = inputs
+      context = Context(*rope_table(config, positions), tree_mask(readers))
 
       def visit(i, x):
         y, _ = block.apply({"params": weights}, x, context)
@@ -168,16 +167,16 @@ def _score(config: ModelConfig, options: int, together: int, params: Params, row
 
       return jax.lax.fori_loop(0, jnp.max(number), visit, x)
 
-    return jax.lax.map(some, (x, rows["positions"], rows["branch"], visits)), x
+    return jax.lax.map(some, (x, rows["positions"], rows["options"], visits)), x
 
   x, streams = jax.lax.scan(layer, x, (params["layers"], jnp.moveaxis(rows["visits"], 2, 0)))
 
   def read(inputs):
-    x, source, target, option = inputs
+    x, source, target, scored = inputs
     x = jnp.take_along_axis(x, source[..., None], axis=1)
     logits = model.apply({"params": params}, x, method="head")
     chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), target[..., None], axis=-1)[..., 0]
-    own = jax.nn.one_hot(option, options)  # zeros for what is only filling
+    own = (scored[..., None] >> jnp.arange(options)[None, None] & 1).astype(chosen.dtype)  # 0: only filling
     wrong = (jnp.argmax(logits, axis=-1) != target).astype(jnp.float32)
     return jnp.einsum("np,npo->no", chosen, own), jnp.einsum("np,npo->no", wrong, own) == 0
 
@@ -186,13 +185,16 @@ def _score(config: ModelConfig, options: int, together: int, params: Params, row
   at_once = math.gcd(_READ_TOGETHER, join(x).shape[0])
   few = lambda leaf: leaf.reshape(-1, at_once, *leaf.shape[2:])
   nothing = jnp.zeros((at_once, options)), jnp.zeros((at_once, options), bool)
-  some = lambda inputs: jax.lax.cond(jnp.any(inputs[-1] >= 0), read, lambda _: nothing, inputs)
-  found = jax.lax.map(some, jax.tree.map(few, (x, rows["source"], rows["target"], rows["option"])))
+  some = lambda inputs: jax.lax.cond(jnp.any(inputs[-1] != 0), read, lambda _: nothing, inputs)
+  found = jax.lax.map(some, jax.tree.map(few, (x, rows["source"], rows["target"], rows["scored"])))
   return *map(join, found), streams.reshape(streams.shape[0], -1, *streams.shape[3:])
 
 
-def tree_mask(branch: jax.Array) -> jax.Array:
-  """Which keys a token sees, bool [b, 1, t, t]: earlier ones of the prompt and of its own option. branch: [b, t]."""
-  length = branch.shape[1]
-  query, key = branch[:, :, None], branch[:, None, :]
-  return ((query == key) | (key == 0))[:, None] & jnp.tril(jnp.ones((length, length), bool))[None, None]
+def tree_mask(options: jax.Array) -> jax.Array:
+  """Which keys a token sees, bool [b, 1, t, t]: earlier ones that are read by all options that read it.
+
+  options: bit masks [b, t]. Options that part never meet again, so those keys are the token's own beginning.
+  """
+  length = options.shape[1]
+  query, key = options[:, :, None], options[:, None, :]
+  return (query & key == query)[:, None] & jnp.tril(jnp.ones((length, length), bool))[None, None]

@@ -1,10 +1,10 @@
-"""Questions as rows in which the prompt stands once, and every option after it sees the prompt and itself.
+"""Questions as rows in which what several options begin with, the prompt first of all, stands once.
 
-So an option costs its own tokens, and the head is asked only where a token of an option is predicted.
+So an option costs the tokens that no earlier one has, and the head is asked only where a token of an option is
+predicted, once for all options that have it there.
 """
 
-import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -13,26 +13,29 @@ from adaptive.config import require
 from adaptive.data.pieces import Piece, continuation
 from adaptive.data.questions import Question
 
+MOST_OPTIONS = 31  # sets of options are the bits of an int32
 STRIDE = 16  # tokens are filled up to its multiples, predictions to halves of that: each shape is compiled once
 
 
 class Tree(NamedTuple):
   """One question.
 
+  Sets of options are bit masks: bit o says whether option o is in it.
+
   Attributes:
-    inputs, positions, branch: of each token, int32 [t]; branch 0 is the prompt, o + 1 option o, -1 is filling.
-    source, target, option: of each prediction that is scored, int32 [p]: index of the token that makes it, the token
-      predicted, and whose it is; -1 is padding.
-    options: how many there are.
+    inputs, positions, options: of each token, int32 [t], and which options read it; none reads what is only filling.
+    source, target, scored: of each prediction that is scored, int32 [p]: index of the token that makes it, the token
+      predicted, and for which options; for none where it is only filling.
+    sizes: tokens that are scored of each option, int [o].
   """
 
   inputs: np.ndarray
   positions: np.ndarray
-  branch: np.ndarray
+  options: np.ndarray
   source: np.ndarray
   target: np.ndarray
-  option: np.ndarray
-  options: int
+  scored: np.ndarray
+  sizes: np.ndarray
 
   @property
   def shape(self) -> tuple[int, int]:
@@ -47,33 +50,38 @@ def plant(question: Question, encode: Callable[[str], Sequence[int]], prefix: Se
     prefix: tokens that stand before every prompt, and are not scored.
 
   Raises:
-    ConfigError: an option with its prompt is longer than `max_len` tokens.
+    ConfigError: an option with its prompt is longer than `max_len` tokens; more than 31 options; nothing that they
+      share stands before the first tokens that are scored.
   """
   texts = question.options or (question.answer_text,)
+  require(len(texts) <= MOST_OPTIONS, f"question {question.id!r} has {len(texts)} options, more than {MOST_OPTIONS}")
   pieces = [continuation(encode, prefix, question.prompt, text) for text in texts]
   longest = max(len(piece.tokens) for piece in pieces)
   require(longest <= max_len + 1, f"question {question.id!r} has {longest} tokens, more than max_len={max_len}")
+  first = {int(piece.tokens[0]) for piece in pieces}
+  require(len(first) == 1, "a question's options share no token with its prompt: the model needs one before every text")
   return _tree(pieces)
 
 
 def _tree(pieces: Sequence[Piece]) -> Tree:
-  rows = [list(map(int, piece.tokens)) for piece in pieces]
-  # Where an option merges with the prompt's last token, the prompt that all share is shorter.
-  same = itertools.takewhile(lambda column: len(set(column)) == 1, zip(*rows))
-  shared = min([len(list(same)), *(piece.given for piece in pieces)])
-  require(shared > 0, "a question's options share no token with its prompt: the model needs one before every text")
-  tokens = [(token, place, 0) for place, token in enumerate(rows[0][:shared])]
-  predictions = []
-  for option, (row, piece) in enumerate(zip(rows, pieces)):
-    start = len(tokens) - shared  # the row's place p is the tree's p + start, from the branch on
-    tokens += [(row[place], place, option + 1) for place in range(shared, len(row) - 1)]
-    for place in range(piece.given, len(row)):
-      source = place - 1 if place - 1 < shared else place - 1 + start
-      predictions.append((source, row[place], option))
-  columns = _columns(tokens, STRIDE)
-  return Tree(*columns, *_columns(predictions, len(columns[0]) // 2), len(rows))
+  tokens: dict[tuple[int, int], list[int]] = {}  # (index of the token before, token): token, position, options
+  predictions: dict[tuple[int, int], list[int]] = {}  # (index of the source, target): source, target, options
+  numbers: dict[tuple[int, int], int] = {}
+  for option, piece in enumerate(pieces):
+    row, before = [int(token) for token in piece.tokens], -1
+    for place, token in enumerate(row):
+      key = (before, token)
+      if place >= piece.given:
+        predictions.setdefault(key, [before, token, 0])[-1] |= 1 << option
+      if place + 1 < len(row):  # nothing is predicted from an option's last token
+        tokens.setdefault(key, [token, place, 0])[-1] |= 1 << option
+        before = numbers.setdefault(key, len(numbers))
+  columns = _columns(tokens.values(), STRIDE)
+  sizes = np.array([len(piece.tokens) - piece.given for piece in pieces])
+  return Tree(*columns, *_columns(predictions.values(), len(columns[0]) // 2), sizes)
 
 
-def _columns(rows: Sequence[tuple[int, ...]], stride: int) -> list[np.ndarray]:
-  filling = [(0, 0, -1)] * (-len(rows) % stride)
+def _columns(rows: Iterable[Sequence[int]], stride: int) -> list[np.ndarray]:
+  rows = list(rows)
+  filling = [(0, 0, 0)] * (-len(rows) % stride)
   return list(np.array([*rows, *filling], np.int32).T)

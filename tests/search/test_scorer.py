@@ -23,7 +23,7 @@ PREFIX = (31,)
 QUESTIONS = [
   Question("two", "abcab", ("cd", "e"), 0),
   Question("text", "fed", (), "cba"),
-  Question("four", "a", ("bcd", "b", "efghi", "j"), 3),
+  Question("four", "a", ("bcd", "b", "efghi", "bce"), 3),
   Question("long", "hgfedcbaabcdefgh", ("ijkl", "mno", "p" * 8), 2),
 ]
 PLANS = [(1, 1, 1, 1), (0, 2, 1, 0), (2, 2, 2, 2), (0, 0, 0, 0), (1, 1, 0, 2), (1, 1, 1, 0), (2, 0, 0, 1)]
@@ -231,12 +231,12 @@ def test_bfloat16():
 
 
 def test_who_sees_whom():
-  branch = jnp.array([[0, 0, 1, 1, 2, -1]])
-  assert tree_mask(branch)[0, 0].astype(int).tolist() == [
-    [1, 0, 0, 0, 0, 0],
-    [1, 1, 0, 0, 0, 0],
-    [1, 1, 1, 0, 0, 0],
-    [1, 1, 1, 1, 0, 0],
-    [1, 1, 0, 0, 1, 0],
-    [1, 1, 0, 0, 0, 1],
+  options = jnp.array([[7, 7, 3, 1, 2, 4, 0]])
+  assert tree_mask(options)[0, 0, :-1].astype(int).tolist() == [
+    [1, 0, 0, 0, 0, 0, 0],
+    [1, 1, 0, 0, 0, 0, 0],
+    [1, 1, 1, 0, 0, 0, 0],
+    [1, 1, 1, 1, 0, 0, 0],
+    [1, 1, 1, 0, 1, 0, 0],
+    [1, 1, 0, 0, 0, 1, 0],
   ]
