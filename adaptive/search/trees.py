@@ -14,7 +14,7 @@ from adaptive.data.pieces import Piece, continuation
 from adaptive.data.questions import Question
 
 MOST_OPTIONS = 31  # sets of options are the bits of an int32
-STRIDE = 16  # tokens are filled up to its multiples, predictions to halves of that: each shape is compiled once
+STRIDE = 8  # tokens are filled up to its multiples, predictions to halves of that: each shape is compiled once
 
 
 class Tree(NamedTuple):

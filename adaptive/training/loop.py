@@ -156,7 +156,7 @@ def _steps(session: _Session, state: TrainState, position: Position, writers, pr
       moved, stopping = step > first, step < steps and session.stop.at(step)
       if moved and (step == steps or _due(settings.eval_every, step)):
         recorder.flush()
-        scores = evaluate(state.params)
+        scores = evaluate(state.params, lambda text, step=step: progress.waits(f"step {step}: {text}"))
         writers.write(step, scores)
         progress.message(f"step {step}: validation loss {scores['validation/loss']:.4f} nats per token")
         progress.restart_rate()
@@ -216,8 +216,11 @@ def _restore(run: Run, checkpointer: Checkpointer, step: int) -> TrainState:
   return TrainState(items["optimizer"]["step"], items["params"], items["optimizer"]["state"], items["guard"])
 
 
-def _evaluator(run: Run) -> Callable[[Any], Mapping[str, float]]:
-  """Held-out loss of the smallest and the full sub-model, by the program that `eval.py` uses too."""
+def _evaluator(run: Run) -> Callable[[Any, Callable[[str], None]], Mapping[str, float]]:
+  """Held-out loss of the smallest and the full sub-model, by the program that `eval.py` uses too.
+
+  It is called with the parameters, and with what shows how far it is.
+  """
   settings, submodels = run.experiment.evaluation, run.method.submodels(run.model)
   scorer = quality.make_scorer(run.method, run.model, run.mesh)
   ends: dict[int, SubModel] = {i: submodels[i] for i in (0, len(submodels) - 1)}
@@ -229,9 +232,11 @@ def _evaluator(run: Run) -> Callable[[Any], Mapping[str, float]]:
   best = run.experiment.training.keep_best
   require(not best or best in names, f"training.keep_best={best!r} is not one of {', '.join(names)}")
 
-  def evaluate(params: Any) -> Mapping[str, float]:
+  def evaluate(params: Any, show: Callable[[str], None]) -> Mapping[str, float]:
+    report = lambda done: show(f"validation on {settings.rows} rows, {done} of {len(ends)} sub-models done")
+    report(0)
     batches = list(validation_batches(run.dataset.validation, settings.rows, settings.batch_size, run.mesh))
-    found = quality.measure(run.method, run.model, params, batches, run.mesh, list(ends), scorer)
+    found = quality.measure(run.method, run.model, params, batches, run.mesh, list(ends), scorer, report)
     values = {f"validation/loss/{submodel.name}": found.loss(i) for i, submodel in enumerate(ends.values())}
     realised = {f"validation/{name}": value for name, value in found.realised_means(-1).items()}
     return {"validation/loss": found.loss(-1), "validation/accuracy": found.accuracy(-1), **values, **realised}

@@ -239,6 +239,13 @@ class Progress:
     if self._clock() - self._printed_at >= self._interval:
       self._print_line()
 
+  def waits(self, text: str) -> None:
+    """Shows what the next step waits for."""
+    if self._bar is not None:
+      self._bar.set_postfix_str(text)
+    elif self._clock() - self._printed_at >= self._interval:
+      self._print(text)
+
   def restart_rate(self) -> None:
     """Forgets the window: for after an evaluation, whose time should not count as training's."""
     self._marks.clear()
@@ -262,6 +269,10 @@ class Progress:
     return (last[column] - first[column]) / max(last[0] - first[0], 1e-9)
 
   def _print_line(self) -> None:
+    self._print(self._line)
+    self._line = ""
+
+  def _print(self, line: str) -> None:
     if self._show:
-      print(self._line, file=self._stream, flush=True)
-    self._line, self._printed_at = "", self._clock()
+      print(line, file=self._stream, flush=True)
+    self._printed_at = self._clock()

@@ -61,10 +61,10 @@ def check(tree, prompt, options, encode, prefix=PREFIX):
 def test_a_tree_worked_out_by_hand():
   tree = planted("ab", "cd", "efg", prefix=())
   size, number = 2 + 1 + 2, 5
-  assert tree.shape == (16, 8)
+  assert tree.shape == (8, 8)
   assert tree.inputs[:size].tolist() == [0, 1, 2, 4, 5]  # no option's last token: nothing is predicted from there
   assert tree.positions[:size].tolist() == [0, 1, 2, 2, 3]
-  assert tree.options.tolist() == [3, 3, 1, 2, 2] + [0] * 11
+  assert tree.options.tolist() == [3, 3, 1, 2, 2] + [0] * 3
   assert tree.source[:number].tolist() == [1, 2, 1, 3, 4]
   assert tree.target[:number].tolist() == [2, 3, 4, 5, 6]
   assert tree.scored.tolist() == [1, 1, 2, 2, 2, 0, 0, 0]
@@ -94,7 +94,7 @@ def test_every_option_is_read_as_if_it_were_alone(prompt, options, prefix):
 def test_what_options_begin_with_stands_there_once():
   tree = planted("ab", "cdef", "cdg", "cdef", "hi", prefix=())
   assert tree.inputs[:6].tolist() == [0, 1, 2, 3, 4, 7]  # a b c d e h
-  assert tree.options.tolist() == [15, 15, 7, 7, 5, 8] + [0] * 10
+  assert tree.options.tolist() == [15, 15, 7, 7, 5, 8] + [0] * 2
   assert tree.source.tolist() == [1, 2, 3, 4, 3, 1, 5, 0]
   assert tree.target.tolist() == [2, 3, 4, 5, 6, 7, 8, 0]
   assert tree.scored.tolist() == [7, 7, 5, 5, 2, 8, 8, 0]
@@ -114,7 +114,7 @@ def test_an_option_that_merges_with_the_prompt_s_last_token():
 
 def test_sizes_are_few():
   shapes = {planted("a" * size, "b" * options, "c").shape for size in range(1, 14) for options in range(1, 12)}
-  assert shapes == {(16, 8), (16, 16), (32, 16)}
+  assert shapes == {(8, 4), (8, 8), (16, 8), (16, 16), (24, 12)}
 
 
 def test_a_question_that_is_too_long_is_refused():

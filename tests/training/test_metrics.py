@@ -168,6 +168,7 @@ def test_other_processes_write_and_show_nothing(tmp_path, monkeypatch):
   stream = io.StringIO()
   with metrics.Progress(1, stream=stream) as progress:
     progress.update(1, 10, 1.0)
+    progress.waits("for others")
     progress.message("hello")
   assert stream.getvalue() == ""
 
@@ -202,6 +203,18 @@ def test_progress_prints_the_last_line_once():
   stream = io.StringIO()
   run_progress(stream, steps=6)
   assert [line.split()[1] for line in stream.getvalue().splitlines()] == ["1/6", "6/6"]
+
+
+def test_what_is_waited_for_is_shown_when_nothing_else_was():
+  stream, clock = io.StringIO(), Clock()
+  with metrics.Progress(2, stream=stream, clock=clock) as progress:
+    for step in (1, 2):
+      progress.update(step, tokens=1000, loss=0.5)
+    for done in range(4):
+      progress.waits(f"{done} done")
+      clock.seconds += 6.0
+  shown = [line.split("  ")[0] for line in stream.getvalue().splitlines()]
+  assert shown == ["step 1/2", "2 done", "step 2/2"]  # what the steps said last is still said
 
 
 def test_rate_is_recent_and_can_forget_an_evaluation():
