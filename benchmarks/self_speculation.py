@@ -10,7 +10,7 @@ and ratios are to plain decoding of the same prompt in the same turn: of the who
 less time with a draft. Beside the time: tokens of a round, share of
 drafted tokens that were accepted, layers run one after the other for a token (`calls`), layers run for it in all
 (`work`), and how many prompts were continued by the very same tokens. First, what limits all of it: how much longer a
-pass takes that checks several tokens.
+pass takes that checks several tokens. Last, what is chosen beside the best fixed setting, found on other prompts.
 """
 
 import argparse
@@ -152,6 +152,24 @@ def main() -> None:
       cells += f" {1:8} {'':9} {every.layers[-1]:7} {every.layers[-1]:7}"
     same = sum(x == y for mine, plain in zip(found[name], found["plain"]) for x, y in zip(mine.tokens, plain.tokens))
     print(f"{name:24} {cells}  {same} of {len(prompts)}", flush=True)
+  compare_with_swept(times, list(rounds))
+
+
+def compare_with_swept(times: dict[str, list[list[Seconds]]], fixed: Sequence[str]) -> None:
+  """What is chosen beside the fixed setting that was best on the first half of the prompts, on the second half.
+
+  On the prompts of the sweep itself the best of many has luck on its side.
+  """
+  half = len(times["plain"]) // 2
+  if half == 0 or not fixed:
+    return
+  speed = lambda name, part: speed_up(times["plain"][part], times[name][part], "whole")
+  best = max(fixed, key=lambda name: speed(name, slice(half)))
+  rest = slice(half, None)
+  for name in times:
+    if name.startswith("chosen"):
+      share = speed(name, rest) / speed(best, rest)
+      print(f"{best} was the best on the first half of the prompts; on the others {name} has {share:.2f} of its speed")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ ARGUMENTS = {
   **VARIANTS,
   "dense_demo": ["full", "small"],
   "dense_lm": ["135m", "1.7b"],
-  "mixture_of_recursions_demo": ["mor", "recursive", "dense"],
+  "mixture_of_recursions_demo": ["mor", "recursive", "dense", "wide"],
   "mixture_of_recursions_lm": ["135m,2", "360m,4", "1.7b,3"],
   "sorted_net_lm": ["360m"],
   "dr_llm_demo": ["base", "routers"],

@@ -66,7 +66,7 @@ def plant(question: Question, encode: Callable[[str], Sequence[int]], prefix: Se
 def _tree(pieces: Sequence[Piece]) -> Tree:
   tokens: dict[tuple[int, int], list[int]] = {}  # (index of the token before, token): token, position, options
   predictions: dict[tuple[int, int], list[int]] = {}  # (index of the source, target): source, target, options
-  numbers: dict[tuple[int, int], int] = {}
+  index: dict[tuple[int, int], int] = {}
   for option, piece in enumerate(pieces):
     row, before = [int(token) for token in piece.tokens], -1
     for place, token in enumerate(row):
@@ -75,7 +75,7 @@ def _tree(pieces: Sequence[Piece]) -> Tree:
         predictions.setdefault(key, [before, token, 0])[-1] |= 1 << option
       if place + 1 < len(row):  # nothing is predicted from an option's last token
         tokens.setdefault(key, [token, place, 0])[-1] |= 1 << option
-        before = numbers.setdefault(key, len(numbers))
+        before = index.setdefault(key, len(index))
   columns = _columns(tokens.values(), STRIDE)
   sizes = np.array([len(piece.tokens) - piece.given for piece in pieces])
   return Tree(*columns, *_columns(predictions.values(), len(columns[0]) // 2), sizes)
