@@ -13,9 +13,11 @@ first of them in the same turn:
 """
 
 import argparse
+import collections
 import dataclasses
-import math
 import statistics
+
+import numpy as np
 
 from adaptive.generation.depthwise import DepthwiseGenerator
 from adaptive.generation.loop import Generator
@@ -46,12 +48,13 @@ def compare(a: argparse.Namespace, slots: int, header: bool) -> None:
   prompts = [[int(t) for t in run.dataset.validation[i]["inputs"][: a.prompt]] for i in range(a.waves * slots)]
 
   def in_batches(generator: Generator) -> tuple[float, list[list[int]], dict]:
-    """Tokens per second, tokens, and what was measured of the last batch."""
-    seconds, tokens, metrics = 0.0, [], {}
+    """Tokens per second, tokens, and what was measured: the share of the tokens that each recursion kept."""
+    seconds, tokens, metrics = 0.0, [], collections.defaultdict(lambda: np.zeros(2))
     for start in range(0, len(prompts), slots):
       found = generator(prompts[start : start + slots], a.new, numbers=range(start, start + slots))
-      seconds, metrics = seconds + found.prefill_seconds + found.seconds, found.metrics
-      tokens += found.tokens
+      seconds, tokens = seconds + found.prefill_seconds + found.seconds, tokens + found.tokens
+      for name, pair in found.metrics.items():
+        metrics[name] += np.array(pair, np.float64)
     return sum(map(len, tokens)) / seconds, tokens, metrics
 
   always = run.method.build(model.config, dataclasses.replace(model.method, score_shifts=(_ALWAYS,)))
@@ -59,24 +62,23 @@ def compare(a: argparse.Namespace, slots: int, header: bool) -> None:
   full = run.method.submodels(model)[-1]
   every = Generator(run.method.decoder(always, params, everything), vocab, greedy)
   needed = Generator(run.method.decoder(model, params, full), vocab, greedy)
-  kept = [float(total / count) for total, count in in_batches(needed)[2].values()]
-  finishing = min(slots, math.ceil(1.05 * slots / sum(kept)))
-  ticker = run.method.ticker(model, params, full)
-  deep = DepthwiseGenerator(ticker, vocab, greedy, slots=slots, finishing=finishing)
+  deep = DepthwiseGenerator(run.method.ticker(model, params, full), vocab, greedy, slots=slots)
+  for generator in (every, needed, deep):
+    generator(prompts[:slots], a.new)  # compiles
   if header:
     print("tokens/s, and how many times that of `every recursion`, medians of", a.rounds, "rounds")
     print(f"{'slots':>5} {'every recursion':>16} {'as needed':>15} {'depth-wise':>15}  busy  passes  same tokens")
   rates = []
-  for turn in range(a.rounds + 1):
-    found = in_batches(every)[0], *in_batches(needed)[:2], deep(prompts, a.new)
-    if turn:  # the first warms up
-      rates.append((found[0], found[1], found[3].tokens_per_second))
+  for _ in range(a.rounds):
+    found = in_batches(every)[0], *in_batches(needed), deep(prompts, a.new)
+    rates.append((found[0], found[1], found[4].tokens_per_second))
+  passes = sum(total / count for total, count in found[3].values())
   times = [statistics.median(rate[i] / rate[0] for rate in rates) for i in range(3)]
   speeds = [statistics.median(column) for column in zip(*rates)]
-  same = sum(x == y for x, y in zip(found[2], found[3].tokens))
+  same = sum(x == y for x, y in zip(found[2], found[4].tokens))
   cells = " ".join(f"{speed:8,.0f} {ratio:5.2f}x" for speed, ratio in zip(speeds[1:], times[1:]))
   print(
-    f"{slots:5} {speeds[0]:16,.0f} {cells}  {found[3].occupancy:4.0%}  {sum(kept):6.2f}  {same} of {len(prompts)}",
+    f"{slots:5} {speeds[0]:16,.0f} {cells}  {found[4].occupancy:4.0%}  {passes:6.2f}  {same} of {len(prompts)}",
     flush=True,
   )
 

@@ -1,7 +1,7 @@
 """Depth-wise batching: a queue of requests through slots that each go as deep as their token needs.
 
-A tick is one program: every slot under way takes a pass; of the slots that are ready, those that have waited longest
-get their next token and begin it. The host reads what a tick sampled while the device computes the next one, and fills
+A tick is one program: every slot under way takes a pass, and every slot whose token wants no more of them gets its next
+token and begins it. The host reads what a tick sampled while the device computes the next one, and fills
 the slots of requests that have ended.
 """
 
@@ -50,19 +50,17 @@ class _State(NamedTuple):
   """What the device holds, by slot [b].
 
   Attributes:
-    slots: of the ticker. numbers: of the request. made: its tokens so far. waited: ticks since it was ready.
+    slots: of the ticker. numbers: of the request. made: its tokens so far.
   """
 
   slots: Any
   numbers: jax.Array
   made: jax.Array
-  waited: jax.Array
 
 
 class _Sampled(NamedTuple):
-  """On its way to the host: slots [c] with a new token, the tokens, which are real, which end; slots that passed []."""
+  """On its way to the host: of each slot [b] the new token, whether it is one, and ends; slots that took a pass []."""
 
-  chosen: jax.Array
   tokens: jax.Array
   valid: jax.Array
   ends: jax.Array
@@ -75,8 +73,6 @@ class DepthwiseGenerator:
   Args:
     ticker: of the sub-model. vocab_size: only ids below it are sampled. sampling, stop_tokens: as of `Generator`.
     slots: requests under way at a time.
-    finishing: slots that may begin a next token in one tick; a little more than slots / (mean passes of a token) keeps
-      them busy; None is two thirds of them.
   """
 
   def __init__(
@@ -86,12 +82,10 @@ class DepthwiseGenerator:
     sampling: Sampling | None = None,
     stop_tokens: Sequence[int] = (),
     slots: int = 32,
-    finishing: int | None = None,
   ):
-    finishing = -(-2 * slots // 3) if finishing is None else finishing
-    require(0 < finishing <= slots, f"finishing={finishing} must lie in 1 .. {slots}, the number of slots")
+    require(slots > 0, f"slots={slots} must be at least 1")
     self._ticker, self._vocab_size, self._sampling = ticker, vocab_size, sampling or Sampling()
-    self._stop_tokens, self._slots, self._finishing = tuple(stop_tokens), slots, finishing
+    self._stop_tokens, self._slots = tuple(stop_tokens), slots
     # One place for the state, so that no program is compiled a second time for what another has made.
     place = jax.tree.leaves(ticker.params)[0].sharding
     self._place = sharding.replicated(place.mesh) if isinstance(place, jax.sharding.NamedSharding) else place
@@ -139,17 +133,15 @@ class DepthwiseGenerator:
   def _read(self, sampled: _Sampled, holder: list[int | None], tokens: list[list[int]]) -> int:
     """Takes down what a program sampled; how many slots passed in it."""
     found = jax.device_get(sampled)
-    for slot, token, valid, ends in zip(found.chosen, found.tokens, found.valid, found.ends):
-      if not valid:
-        continue
-      tokens[holder[slot]].append(int(token))
-      if ends:
+    for slot in np.flatnonzero(found.valid):
+      tokens[holder[slot]].append(int(found.tokens[slot]))
+      if found.ends[slot]:
         holder[slot] = None
     return int(found.passed)
 
   def _empty(self, room: int) -> _State:
     zeros = lambda: jnp.zeros((self._slots,), jnp.int32)  # each its own buffer, to be donated
-    state = _State(self._ticker.empty(self._slots, room), zeros(), zeros(), zeros())
+    state = _State(self._ticker.empty(self._slots, room), zeros(), zeros())
     return jax.device_put(state, self._place)
 
   def _compile(self, state: _State, length: int, most: int) -> None:
@@ -176,35 +168,26 @@ class DepthwiseGenerator:
   def _admitted(self, params: Params, state: _State, chosen, numbers, tokens, counts, most, seed):
     """Requests into slots, and the first token of each."""
     logits, slots = self._ticker.prefill(params, state.slots, chosen, tokens, counts)
-    valid = counts > 0
-    target = jnp.where(valid, chosen, self._slots)
+    target = jnp.where(counts > 0, chosen, self._slots)
     put = lambda leaf, values: leaf.at[target].set(values, mode="drop")
-    state = _State(slots, put(state.numbers, numbers), put(state.made, 0), put(state.waited, 0))
-    return self._begin(params, state, chosen, valid, logits, counts, most, seed, jnp.int32(0))
+    state = _State(slots, put(state.numbers, numbers), put(state.made, 0))
+    valid, everyone = put(jnp.zeros((self._slots,), bool), True), jnp.zeros((self._slots, logits.shape[1]))
+    return self._begin(params, state, valid, put(everyone, logits), most, seed, jnp.int32(0))
 
   def _ticked(self, params: Params, state: _State, seed, most) -> tuple[_State, _Sampled]:
+    passed = jnp.sum(self._ticker.under_way(state.slots), dtype=jnp.int32)
     slots = self._ticker.advance(params, state.slots)
     ready = self._ticker.ready(slots)
-    waited = jnp.where(ready, state.waited + 1, 0)
-    chosen = jnp.argsort(-waited, stable=True)[: self._finishing].astype(jnp.int32)
-    passed = jnp.sum(self._ticker.under_way(state.slots), dtype=jnp.int32)
-    logits, slots = self._ticker.finish(params, slots, chosen)
-    state = state._replace(slots=slots, waited=waited)
-    lengths = self._ticker.lengths(slots)[chosen]
-    return self._begin(params, state, chosen, ready[chosen], logits, lengths, most, seed, passed)
+    logits, slots = self._ticker.finish(params, slots)
+    state = state._replace(slots=slots)
+    return self._begin(params, state, ready, logits, most, seed, passed)
 
-  def _begin(self, params, state: _State, chosen, valid, logits, lengths, most, seed, passed):
-    """Samples the next tokens of the chosen slots and begins them, unless they are the last of their requests."""
-    target = jnp.where(valid, chosen, self._slots)  # what is not valid may name a slot twice
-    keys = row_keys(seed, state.numbers[chosen], lengths)
+  def _begin(self, params, state: _State, valid, logits, most, seed, passed):
+    """Samples the next tokens where valid [b] and begins them, unless they are the last of their requests."""
+    keys = row_keys(seed, state.numbers, self._ticker.lengths(state.slots))
     tokens, _ = sample(logits[:, : self._vocab_size], keys, self._sampling)
-    made = state.made[chosen] + 1
-    ends = (made >= most) | jnp.isin(tokens, jnp.asarray(self._stop_tokens, jnp.int32))
-    slots = self._ticker.feed(params, state.slots, chosen, tokens, valid & ~ends)
-    slots = self._ticker.leave(slots, chosen, valid & ends)
-    state = state._replace(
-      slots=slots,
-      made=state.made.at[target].add(1, mode="drop"),
-      waited=state.waited.at[target].set(0, mode="drop"),
-    )
-    return state, _Sampled(chosen, tokens, valid, valid & ends, passed)
+    made = state.made + valid
+    ends = valid & ((made >= most) | jnp.isin(tokens, jnp.asarray(self._stop_tokens, jnp.int32)))
+    slots = self._ticker.feed(params, state.slots, tokens, valid & ~ends)
+    state = state._replace(slots=self._ticker.leave(slots, ends), made=made)
+    return state, _Sampled(tokens, valid, ends, passed)

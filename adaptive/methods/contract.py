@@ -84,9 +84,9 @@ class Ticker(NamedTuple):
     advance: (params, state) -> state: the next pass of each slot under way.
     under_way: state -> bool [b]: whose token takes a pass next. ready: state -> bool [b]: whose wants no more.
     lengths: state -> int32 [b]: tokens of each slot, the one under way included.
-    finish: (params, state, chosen int32 [c]) -> (logits [c, v] of the next tokens of ready slots, state).
-    feed: (params, state, chosen [c], tokens [c], valid bool [c]) -> state: begins those tokens.
-    leave: (state, chosen [c], valid [c]) -> state: slots that become idle.
+    finish: (params, state) -> (logits [b, v] of the next token of each slot that is ready, state).
+    feed: (params, state, tokens [b], valid bool [b]) -> state: begins those tokens.
+    leave: (state, valid bool [b]) -> state: slots that become idle.
     prefill: (params, state, chosen [c], tokens [c, t], counts [c]) -> (logits [c, v], state): new requests; 0 is none.
   """
 
@@ -96,9 +96,9 @@ class Ticker(NamedTuple):
   under_way: Callable[[Any], jax.Array]
   ready: Callable[[Any], jax.Array]
   lengths: Callable[[Any], jax.Array]
-  finish: Callable[[Params, Any, jax.Array], tuple[jax.Array, Any]]
-  feed: Callable[[Params, Any, jax.Array, jax.Array, jax.Array], Any]
-  leave: Callable[[Any, jax.Array, jax.Array], Any]
+  finish: Callable[[Params, Any], tuple[jax.Array, Any]]
+  feed: Callable[[Params, Any, jax.Array, jax.Array], Any]
+  leave: Callable[[Any, jax.Array], Any]
   prefill: Callable[[Params, Any, jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
 

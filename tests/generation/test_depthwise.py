@@ -38,9 +38,7 @@ def test_requests_get_what_they_get_alone(settings, which, temperature):
   model, params = made(**settings)
   submodel, sampling = MOR.submodels(model)[which], Sampling(temperature=temperature)
   plain = Generator(MOR.decoder(model, params, submodel), 32, sampling, stop_tokens=(STOP,))(PROMPTS, MOST, seed=3)
-  deep = DepthwiseGenerator(
-    MOR.ticker(model, params, submodel), 32, sampling, stop_tokens=(STOP,), slots=3, finishing=2
-  )
+  deep = DepthwiseGenerator(MOR.ticker(model, params, submodel), 32, sampling, stop_tokens=(STOP,), slots=3)
   found = deep(PROMPTS, MOST, seed=3)
   assert found.tokens == plain.tokens
   assert max(map(len, found.tokens)) == MOST
@@ -74,7 +72,7 @@ def test_a_shallow_token_does_not_wait_for_a_deep_one():
   model, params = made()
   params["router"]["weight"] = jax.numpy.zeros_like(params["router"]["weight"])  # no score exceeds the threshold
   tick = lambda which: DepthwiseGenerator(
-    MOR.ticker(model, params, MOR.submodels(model)[which]), 32, Sampling(temperature=0.0), slots=2, finishing=2
+    MOR.ticker(model, params, MOR.submodels(model)[which]), 32, Sampling(temperature=0.0), slots=2
   )(PROMPTS[:2], MOST)
   assert MOR.submodels(model)[-1].name == "recursions=3"
   assert tick(-1).ticks <= MOST + 2  # one pass a token, and ticks that the host is behind
@@ -88,5 +86,5 @@ def test_what_cannot_be_is_refused():
   with pytest.raises(ConfigError, match="needs method.routing='expert_choice'"):
     MOR.ticker(model, tiny.random_params(model), MOR.submodels(model)[-1])
   model, params = made()
-  with pytest.raises(ConfigError, match="finishing=4 must lie in 1 .. 3"):
-    DepthwiseGenerator(MOR.ticker(model, params, MOR.submodels(model)[-1]), 32, slots=3, finishing=4)
+  with pytest.raises(ConfigError, match="slots=0 must be at least 1"):
+    DepthwiseGenerator(MOR.ticker(model, params, MOR.submodels(model)[-1]), 32, slots=0)

@@ -64,8 +64,8 @@ def ticker(model: nn.Module, params: Params, rule: Rule) -> Ticker:
     under_way=lambda slots: (slots.which >= 0) & (slots.which < config.num_recursions),
     ready=lambda slots: slots.which == config.num_recursions,
     lengths=lambda slots: slots.lengths,
-    finish=lambda params, slots, chosen: _finish(model, params, slots, chosen),
-    feed=lambda params, slots, chosen, tokens, valid: _feed(model, rule, params, slots, chosen, tokens, valid),
+    finish=lambda params, slots: _finish(model, params, slots),
+    feed=lambda params, slots, tokens, valid: _feed(model, rule, params, slots, tokens, valid),
     leave=_leave,
     prefill=lambda params, slots, chosen, tokens, counts: _prefill(model, rule, params, slots, chosen, tokens, counts),
   )
@@ -155,40 +155,32 @@ def _decide(model: nn.Module, rule: Rule, params: Params, slots: Slots, followin
   return slots._replace(which=which, weight=weight)
 
 
-def _finish(model: nn.Module, params: Params, slots: Slots, chosen: jax.Array) -> tuple[jax.Array, Slots]:
-  """Layers after the loop and the head for the chosen slots: logits [c, v] of their next tokens.
-
-  Of those that are not ready they mean nothing; the keys that they leave are written over when they are.
-  """
-  position = slots.lengths[chosen] - 1
-  target = jnp.where(position < 0, slots.room, position)  # of a slot that never held a request
-  x, after = _around(model, params["layers"][2], slots.x[chosen], position, slots.after, chosen, target)
+def _finish(model: nn.Module, params: Params, slots: Slots) -> tuple[jax.Array, Slots]:
+  """Layers after the loop and the head: logits [b, v] of the next tokens; of slots that are not ready, of nothing."""
+  ready = slots.which == model.method.num_recursions
+  x, after = _around(model, params["layers"][2], slots.x, slots.lengths - 1, slots.after, ready)
   return model.apply({"params": params}, x[:, None], method="head")[:, 0], slots._replace(after=after)
 
 
-def _feed(model: nn.Module, rule: Rule, params: Params, slots: Slots, chosen, tokens, valid) -> Slots:
-  """Begins the next token [c] of the chosen slots, where valid [c]."""
-  position = slots.lengths[chosen]
+def _feed(model: nn.Module, rule: Rule, params: Params, slots: Slots, tokens: jax.Array, valid: jax.Array) -> Slots:
+  """Begins the next token [b] of the slots where it is valid [b]."""
   x = model.apply({"params": params}, tokens[:, None], method=lambda m, t: m.embedding.encode(t))[:, 0]
-  target, begins = jnp.where(valid, position, slots.room), jnp.where(valid, chosen, slots.which.shape[0])
-  x, before = _around(model, params["layers"][0], x, position, slots.before, begins, target)
+  x, before = _around(model, params["layers"][0], x, slots.lengths, slots.before, valid)
   begun = slots._replace(
-    x=slots.x.at[begins].set(x, mode="drop"),
-    which=slots.which.at[begins].set(0, mode="drop"),
-    lengths=slots.lengths.at[begins].add(1, mode="drop"),
+    x=jnp.where(valid[:, None], x, slots.x),
+    which=jnp.where(valid, 0, slots.which),
+    lengths=slots.lengths + valid,
     before=before,
   )
   decided = _decide(model, rule, params, begun, range(1))
   # Only those that begin decide here; the others have done so when they advanced.
-  fresh = jnp.zeros(slots.which.shape, bool).at[begins].set(True, mode="drop")
   return decided._replace(
-    which=jnp.where(fresh, decided.which, slots.which), weight=jnp.where(fresh, decided.weight, slots.weight)
+    which=jnp.where(valid, decided.which, slots.which), weight=jnp.where(valid, decided.weight, slots.weight)
   )
 
 
-def _leave(slots: Slots, chosen: jax.Array, valid: jax.Array) -> Slots:
-  leaves = jnp.where(valid, chosen, slots.which.shape[0])
-  return slots._replace(which=slots.which.at[leaves].set(IDLE, mode="drop"))
+def _leave(slots: Slots, valid: jax.Array) -> Slots:
+  return slots._replace(which=jnp.where(valid, IDLE, slots.which))
 
 
 def _prefill(model: nn.Module, rule: Rule, params: Params, slots: Slots, chosen, tokens, counts):
@@ -220,18 +212,16 @@ def _prefill(model: nn.Module, rule: Rule, params: Params, slots: Slots, chosen,
   )
 
 
-def _around(model: nn.Module, layers: tuple[Params, ...], x, position, caches: tuple[LayerCache, ...], rows, target):
-  """Layers around the loop for tokens [c, d] of the slots `rows`, whose caches grow by one; a row past them has none.
+def _around(model: nn.Module, layers: tuple[Params, ...], x, position, caches: tuple[LayerCache, ...], storing):
+  """Layers around the loop for a token [b, d] of every slot; those that store nothing run them for nothing.
 
-  They run for all slots, of which the others store nothing: their caches are then read and written where they lie.
+  So no cache is picked out of the others, which would copy it.
   """
   if not layers:
     return x, caches
-  number, _, room, _ = caches[0].key.shape
-  spread = lambda of, rest: jnp.full((number, *of.shape[1:]), rest, of.dtype).at[rows].set(of, mode="drop")
-  seen = jnp.arange(room)[None] <= spread(position, 0)[:, None]
-  everyone, caches = _run(model, layers, spread(x, 0), spread(position, 0), seen, spread(target, room), caches)
-  return everyone[jnp.minimum(rows, number - 1)], caches
+  room, position = caches[0].key.shape[2], jnp.maximum(position, 0)  # a slot that never held a request has none
+  seen = jnp.arange(room)[None] <= position[:, None]
+  return _run(model, layers, x, position, seen, jnp.where(storing, position, room), caches)
 
 
 def _run(model: nn.Module, layers: tuple[Params, ...], x, position, seen, target, own: tuple[LayerCache, ...]):
