@@ -195,7 +195,7 @@ class Progress:
     self._peak, self._flops = peak, 0.0
     self._steps, self._stream, self._interval, self._clock = steps, stream or sys.stderr, interval, clock
     self._marks = collections.deque(maxlen=self._WINDOW + 1)  # (seconds, tokens so far, step, FLOPs so far)
-    self._tokens, self._line, self._printed_at = 0, "", -math.inf
+    self._tokens, self._line, self._numbers, self._printed_at = 0, "", "", -math.inf
     self._show, self._bar = jax.process_index() == 0, None
     if self._show and self._stream.isatty():
       layout = "{n_fmt}/{total_fmt} |{bar}| {postfix}"
@@ -231,16 +231,17 @@ class Progress:
       achieved = [self._peak.describe(self.flops_per_second)] if self._peak else []
       numbers += [f"{self.tokens_per_second:,.0f} tokens/s", *achieved, f"{left} left"]
     numbers += [f"{skipped} skipped"] if skipped else []
+    self._numbers = "  ".join(numbers)
     if self._bar is not None:
-      self._bar.set_postfix_str("  ".join(numbers), refresh=False)
+      self._bar.set_postfix_str(self._numbers, refresh=False)
       self._bar.update(step - self._bar.n)
       return
-    self._line = "  ".join([f"step {step}/{self._steps}", *numbers])
+    self._line = f"step {step}/{self._steps}  {self._numbers}"
     if self._clock() - self._printed_at >= self._interval:
       self._print_line()
 
   def waits(self, text: str) -> None:
-    """Shows what the next step waits for."""
+    """Shows what the next step waits for, until `restart_rate`."""
     if self._bar is not None:
       self._bar.set_postfix_str(text)
     elif self._clock() - self._printed_at >= self._interval:
@@ -249,6 +250,8 @@ class Progress:
   def restart_rate(self) -> None:
     """Forgets the window: for after an evaluation, whose time should not count as training's."""
     self._marks.clear()
+    if self._bar is not None:
+      self._bar.set_postfix_str(self._numbers)
 
   def message(self, text: str) -> None:
     """Shows a line without breaking the bar."""

@@ -240,3 +240,16 @@ def test_progress_on_a_terminal_is_a_bar():
   last = stream.getvalue().split("\r")[-1]
   assert last.startswith("30/30 |")
   assert "loss 0.0333  500 tokens/s  00:00 left" in last
+
+
+def test_a_bar_says_what_is_waited_for_and_then_what_it_said_before():
+  stream, clock = io.StringIO(), Clock()
+  stream.isatty = lambda: True
+  with metrics.Progress(1, stream=stream, clock=clock) as progress:
+    progress.update(1, tokens=1000, loss=0.5)
+    progress.waits("validation")
+    assert "validation" in stream.getvalue().split("\r")[-1]
+    progress.restart_rate()
+  last = stream.getvalue().split("\r")[-1]
+  assert "loss 0.5000" in last
+  assert "validation" not in last
