@@ -19,9 +19,7 @@ import numpy as np
 from adaptive.config import require
 from adaptive.generation.round_costs import RoundCosts
 
-_CONTENDERS = (
-  4  # pairs that are timed because they seem best: what all cost is inferred, and machines are not that even
-)
+_HOPE = 0.85  # share of the best pair's promise that a neighbour must have to be timed: inferred costs are off by less
 MOST = 32  # tokens that a round drafts
 _BETTER = 1.03  # another draft or length must promise so much more than the last: each is a program to compile
 
@@ -109,7 +107,6 @@ class Chooser:
     self._lengths, self._decay, self._looks, self._measured = np.array(lengths), decay, looks, measured
     self._costs = RoundCosts(layers, full, lengths, overhead)
     self._short = self._lengths[None] * np.array(layers)[:, None] <= 2 * full
-    self._refined = False
     self._rounds: collections.Counter[tuple[int, int]] = collections.Counter()
     self._start_looking()
     self._forget()
@@ -127,13 +124,15 @@ class Chooser:
     """How often each draft's token is the model's, [e]; a half where nothing is known.
 
     How drafts compare is what they did where all were looked at. That may be long ago, in text that was easier or
-    harder: the odds of all are moved by as much as those of the drafts that were taken since.
+    harder: the odds of the draft that runs are moved to what it showed since, and those of the others half as far, for
+    what made it easy for one draft need not for another.
     """
-    joint = self._joint
     accepted, expected, number = self._taken
     odds = lambda share: share / (1 - share)
     moved = odds((accepted + 0.5) / (number + 1)) / odds((expected + 0.5) / (number + 1))
-    return moved * odds(joint) / (1 + moved * odds(joint))
+    far = np.where(np.arange(len(self._agreed)) == self._runs, 1.0, 0.5)
+    now = moved**far * odds(self._joint)
+    return now / (1 + now)
 
   @property
   def _joint(self) -> np.ndarray:
@@ -150,6 +149,7 @@ class Chooser:
   def _forget(self) -> None:
     self._agreed, self._seen = np.zeros(self._short.shape[0]), 0.0
     self._taken = np.zeros(3)  # of drafts that were taken: tokens accepted, to be expected, and looked at
+    self._runs: int | None = None  # the last of them
 
   def begin(self) -> None:
     """New prompts. What earlier ones showed must not change what is sampled; where nothing is sampled, it helps."""
@@ -162,10 +162,11 @@ class Chooser:
 
   def choose(self) -> Choice:
     """The next round's."""
-    probe = self._probe() if self._measured else None
+    gain = self._gain()
+    probe = self._probe(gain) if self._measured else None
     if probe is not None:
       return self._choice(*probe)._replace(timed=True)
-    best = self._best()
+    best = self._best(gain)
     if best != self._last:
       self._last, self._wait, self._left = best, self._looks[0], min(self._left, self._looks[0])
     self._left -= 1
@@ -174,12 +175,16 @@ class Chooser:
     self._wait = self._left = min(2 * self._wait, self._looks[1])
     return self._choice(*best)._replace(look=True)
 
-  def _probe(self) -> tuple[int, int] | None:
-    """A pair to be timed: first some that tell about all, then those that seem best and were not timed yet."""
-    if (pair := self._costs.probe()) is None and not self._refined:
-      self._refined, gain = True, self._gain()
-      order = [tuple(map(int, np.unravel_index(i, gain.shape))) for i in np.argsort(-gain, axis=None)]
-      self._costs.try_out([pair for pair in order[:_CONTENDERS] if pair not in self._costs.timed])
+  def _probe(self, gain: np.ndarray) -> tuple[int, int] | None:
+    """A pair to be timed: first some that tell about all, then the best and those beside it, until it stays the best.
+
+    What a pair costs is inferred from a few others only until it may matter: machines are not that even.
+    """
+    if (pair := self._costs.probe()) is None:
+      best = draft, length = _argmax(gain)
+      beside = [best, (draft, length - 1), (draft, length + 1), (draft - 1, length), (draft + 1, length)]
+      inside = [(e, d) for e, d in beside if 0 <= e < gain.shape[0] and 0 <= d < gain.shape[1]]
+      self._costs.try_out([p for p in inside if p not in self._costs.timed and gain[p] > _HOPE * gain[best]])
       pair = self._costs.probe()
     return pair
 
@@ -188,10 +193,9 @@ class Chooser:
     self._rounds[choice.draft, choice.tokens] += 1
     return choice
 
-  def _best(self) -> tuple[int, int]:
+  def _best(self, gain: np.ndarray) -> tuple[int, int]:
     """Draft and length, as indices."""
-    gain = self._gain()
-    best = tuple(map(int, np.unravel_index(np.argmax(gain), gain.shape)))
+    best = _argmax(gain)
     stay = self._last is not None and gain[best] < _BETTER * gain[self._last]
     return self._last if stay else best
 
@@ -214,9 +218,14 @@ class Chooser:
       agreed, seen = metrics["agrees"]
       self._agreed, self._seen = self._decay * self._agreed + agreed, self._decay * self._seen + seen
     if taken is not None and taken.tokens:
-      accepted, seen = metrics["right"]
+      self._runs, (accepted, seen) = taken.draft, metrics["right"]
       expected = self._joint[taken.draft] * seen
       self._taken = self._decay * self._taken + np.array([accepted, expected, seen], np.float64)
+
+
+def _argmax(table: np.ndarray) -> tuple[int, int]:
+  draft, length = np.unravel_index(np.argmax(table), table.shape)
+  return int(draft), int(length)
 
 
 def expected_tokens(rate: np.ndarray, tokens: np.ndarray) -> np.ndarray:
