@@ -184,7 +184,9 @@ class Chooser:
       best = draft, length = _argmax(gain)
       beside = [best, (draft, length - 1), (draft, length + 1), (draft - 1, length), (draft + 1, length)]
       inside = [(e, d) for e, d in beside if 0 <= e < gain.shape[0] and 0 <= d < gain.shape[1]]
-      self._costs.try_out([p for p in inside if p not in self._costs.timed and gain[p] > _HOPE * gain[best]])
+      timed = self._costs.timed
+      if new := [p for p in inside if p not in timed and gain[p] > _HOPE * gain[best]]:
+        self._costs.try_out(new, beside=max(timed, key=lambda p: gain[p]))
       pair = self._costs.probe()
     return pair
 

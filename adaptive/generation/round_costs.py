@@ -5,12 +5,15 @@ accelerator that is nearly so. On a CPU it is not, and nowhere is a drafted toke
 tell what a layer costs for a token that is drafted, for a pass that checks, and for every token in that pass.
 """
 
+import math
+import statistics
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 from scipy.optimize import nnls
 
-_PROBES = 3  # times that each pair is tried; the quickest counts, since a slow one is somebody else's
+_PROBES = 3  # turns in which each pair is tried
+_ROUNDS = 30  # of all pairs together at least: for some 15 after a program was loaded a CPU takes a fifth longer
 
 
 class RoundCosts:
@@ -28,6 +31,9 @@ class RoundCosts:
     # A drafted token's layers, which the last of them runs too; its head; a pass over the layers above; their tokens.
     self._parts = np.stack([(tokens + 1) * below, tokens + 0 * below, above, above * (tokens + 1)], axis=-1)
     self._seconds: dict[tuple[int, int], float] = {}
+    self._beside: tuple[int, int] | None = None
+    self._now = math.nan  # seconds that the pair beside took last
+    self._ratios: dict[tuple[int, int], list[float]] = {}  # to them
     shape = self._counted.shape
     # No draft; a middling one, short; and it, the cheapest and the dearest as long as the model's layers take. What a
     # round costs is a sum of four parts.
@@ -43,13 +49,19 @@ class RoundCosts:
     """Pairs whose own seconds are known."""
     return set(self._seconds)
 
-  def try_out(self, pairs: Iterable[tuple[int, int]]) -> None:
-    """Has these pairs timed, in turns, since a machine's speed may change meanwhile.
+  def try_out(self, pairs: Iterable[tuple[int, int]], beside: tuple[int, int] | None = None) -> None:
+    """Has these pairs timed, in turns.
 
     Each comes twice in a row, for a program that follows another begins in cold memory, and only one that follows
     itself takes as long as it will.
+
+    Args:
+      beside: a pair whose seconds are known, which takes turns with them: the median of their ratios to it counts,
+        since seconds of another minute may be those of a slower machine. Without it the least seconds count.
     """
-    self._untried += [pair for pair in pairs for _ in range(2)] * _PROBES
+    self._ratios, self._beside = {}, beside
+    twice = [pair for pair in (*([beside] if beside else []), *pairs) for _ in range(2)]
+    self._untried += twice * max(_PROBES, math.ceil(_ROUNDS / len(twice)))
 
   def probe(self) -> tuple[int, int] | None:
     """A draft and a length, both as indices, to take next for the sake of its seconds; None when enough is known."""
@@ -57,9 +69,18 @@ class RoundCosts:
 
   def observe(self, draft: int, length: int, seconds: float) -> None:
     """What a round of this pair, both as indices, took by itself, with nothing before it still under way."""
-    warm, self._before = self._before == (draft, length), (draft, length)
-    if warm:
-      self._seconds[draft, length] = min(seconds, self._seconds.get((draft, length), seconds))
+    pair = draft, length
+    warm, self._before = self._before == pair, pair
+    if not warm:
+      return
+    if self._beside is None:
+      self._seconds[pair] = min(seconds, self._seconds.get(pair, seconds))
+    elif pair == self._beside:
+      self._now = seconds
+    else:
+      ratios = self._ratios.setdefault(pair, [])
+      ratios.append(seconds / self._now)
+      self._seconds[pair] = statistics.median(ratios) * self._seconds[self._beside]
 
   @property
   def table(self) -> np.ndarray:

@@ -76,14 +76,18 @@ def test_the_choice_is_the_best_by_seconds_not_by_layers():
   assert promise[chosen[False]] < 0.95 * promise[best]
 
 
-def settled(measured, rates, factors=None):
-  """The pair, as indices, that a chooser takes in the end where some take other seconds than their parts tell."""
+def settled(measured, rates, factors=None, slower=1.0):
+  """The pair, as indices, that a chooser takes in the end.
+
+  Args:
+    factors: of pairs that take other seconds than their parts tell. slower: what all take after thirty rounds.
+  """
   chooser = Chooser(LAYERS, FULL, LENGTHS, overhead=0.0, measured=measured)
-  for _ in range(100):
+  for number in range(200):
     choice = chooser.choose()
     pair = choice.draft, LENGTHS.index(choice.tokens)
     if choice.timed:
-      chooser.time(choice, seconds(*pair) * (factors or {}).get(pair, 1.0))
+      chooser.time(choice, seconds(*pair) * (factors or {}).get(pair, 1.0) * (slower if number >= 30 else 1.0))
     chooser.observe(agreeing(rates), None)
   return pair
 
@@ -116,6 +120,13 @@ def test_pairs_beside_the_best_are_timed_until_it_stays_the_best(quick):
   rates = np.array([0.8, 0.85, 0.9, 0.95])
   assert settled(True, rates) == (0, 0)
   assert settled(True, rates, quick) == list(quick)[-1]
+
+
+@pytest.mark.parametrize("slower", [0.7, 1.5])
+def test_a_pair_is_timed_beside_the_best_so_a_machine_that_slows_down_misleads_nobody(slower):
+  rates = np.array([0.8, 0.85, 0.9, 0.95])
+  assert settled(True, rates, slower=slower) == (0, 0)
+  assert settled(True, rates, {(0, 1): 0.85}, slower) == (0, 1)
 
 
 def test_rates_of_all_move_with_those_of_the_draft_that_was_taken():
