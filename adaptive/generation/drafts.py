@@ -5,8 +5,9 @@ made anyway, and takes the exit and the length with the most expected tokens per
 or, since layers are not what a user waits for, per second (`adaptive.generation.round_costs`).
 
 Departures: a round may draft nothing; agreement is counted now and then, since heads on all exits are not free, and
-the less often the longer the choice has stayed the same; and drafting does not stop early at a token that the draft is
-unsure of, since a round is one program, whose check would be as long as ever.
+the less often the longer the choice has stayed the same; in between, what the drafts that run show moves the odds of
+all; and drafting does not stop early at a token that the draft is unsure of, since a round is one program, whose check
+would be as long as ever.
 """
 
 import collections
@@ -86,9 +87,10 @@ class Chooser:
       paper counts none.
     decay: of what was counted of a draft, each time that it is counted anew (omega in the paper).
     looks: after how many rounds the agreement of all drafts is counted anew, at first and at most: twice as many each
-      time, as long as the choice stays the same.
+      time, as long as the choice stays the same. Rounds that are timed do not count.
     measured: whether rounds are judged by the seconds they take rather than by layers. What is chosen then depends on
-      the machine, and so does what is sampled; greedy decoding has one output.
+      the machine, and so does what is sampled; greedy decoding has one output. Seconds are of one number of rows and
+      one length of caches: a chooser that goes on with others keeps what it has timed.
   """
 
   learns = True
@@ -107,6 +109,7 @@ class Chooser:
     self._lengths, self._decay, self._looks, self._measured = np.array(lengths), decay, looks, measured
     self._costs = RoundCosts(layers, full, lengths, overhead)
     self._short = self._lengths[None] * np.array(layers)[:, None] <= 2 * full
+    self._short[1:, self._lengths == 0] = False  # without tokens, one draft is as good as another
     self._rounds: collections.Counter[tuple[int, int]] = collections.Counter()
     self._start_looking()
     self._forget()
@@ -124,13 +127,14 @@ class Chooser:
     """How often each draft's token is the model's, [e]; a half where nothing is known.
 
     How drafts compare is what they did where all were looked at. That may be long ago, in text that was easier or
-    harder: the odds of the draft that runs are moved to what it showed since, and those of the others half as far, for
-    what made it easy for one draft need not for another.
+    harder: the odds of all are moved by what those that ran showed of late. Where it was easy, those of a draft that
+    did not run are moved half as far as of one that alone did, for what was easy for one need not be for another; where
+    it was hard, all alike, or a draft that nobody has seen there would be the next to be taken, and so on in turns.
     """
-    accepted, expected, number = self._taken
+    accepted, expected, number = self._taken.sum(axis=1)
     odds = lambda share: share / (1 - share)
     moved = odds((accepted + 0.5) / (number + 1)) / odds((expected + 0.5) / (number + 1))
-    far = np.where(np.arange(len(self._agreed)) == self._runs, 1.0, 0.5)
+    far = 0.5 + 0.5 * self._taken[2] / max(number, 1.0) if moved > 1 else 1.0
     now = moved**far * odds(self._joint)
     return now / (1 + now)
 
@@ -141,18 +145,18 @@ class Chooser:
 
   @property
   def usual(self) -> tuple[Choice, float] | None:
-    """What most rounds took so far, and which share of them; None before the first."""
+    """What most rounds took that were not taken to be timed, and which share of them; None before the first."""
     for (draft, tokens), number in self._rounds.most_common(1):
       return Choice(draft, tokens), number / self._rounds.total()
     return None
 
   def _forget(self) -> None:
     self._agreed, self._seen = np.zeros(self._short.shape[0]), 0.0
-    self._taken = np.zeros(3)  # of drafts that were taken: tokens accepted, to be expected, and looked at
-    self._runs: int | None = None  # the last of them
+    self._taken = np.zeros((3, len(self._agreed)))  # of each draft, where taken: accepted, to be expected, looked at
 
   def begin(self) -> None:
     """New prompts. What earlier ones showed must not change what is sampled; where nothing is sampled, it helps."""
+    self._costs.begin()
     if not self._measured:
       self._forget()
       self._start_looking()
@@ -165,7 +169,7 @@ class Chooser:
     gain = self._gain()
     probe = self._probe(gain) if self._measured else None
     if probe is not None:
-      return self._choice(*probe)._replace(timed=True)
+      return Choice(probe[0], int(self._lengths[probe[1]]), timed=True)
     best = self._best(gain)
     if best != self._last:
       self._last, self._wait, self._left = best, self._looks[0], min(self._left, self._looks[0])
@@ -185,7 +189,8 @@ class Chooser:
       beside = [best, (draft, length - 1), (draft, length + 1), (draft - 1, length), (draft + 1, length)]
       inside = [(e, d) for e, d in beside if 0 <= e < gain.shape[0] and 0 <= d < gain.shape[1]]
       timed = self._costs.timed
-      if new := [p for p in inside if p not in timed and gain[p] > _HOPE * gain[best]]:
+      new = [p for p in inside if p not in timed and gain[p] > _HOPE * gain[best]]
+      if timed and new:  # in calls of a round or two nothing may ever be warm
         self._costs.try_out(new, beside=max(timed, key=lambda p: gain[p]))
       pair = self._costs.probe()
     return pair
@@ -220,9 +225,9 @@ class Chooser:
       agreed, seen = metrics["agrees"]
       self._agreed, self._seen = self._decay * self._agreed + agreed, self._decay * self._seen + seen
     if taken is not None and taken.tokens:
-      self._runs, (accepted, seen) = taken.draft, metrics["right"]
-      expected = self._joint[taken.draft] * seen
-      self._taken = self._decay * self._taken + np.array([accepted, expected, seen], np.float64)
+      accepted, seen = metrics["right"]
+      self._taken *= self._decay
+      self._taken[:, taken.draft] += accepted, self._joint[taken.draft] * seen, seen
 
 
 def _argmax(table: np.ndarray) -> tuple[int, int]:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from scipy.optimize import nnls
 
-_PROBES = 3  # turns in which each pair is tried
+_PROBES = 3  # turns in which each pair is tried, at least
 _ROUNDS = 30  # of all pairs together at least: for some 15 after a program was loaded a CPU takes a fifth longer
 
 
@@ -33,7 +33,7 @@ class RoundCosts:
     self._seconds: dict[tuple[int, int], float] = {}
     self._beside: tuple[int, int] | None = None
     self._now = math.nan  # seconds that the pair beside took last
-    self._ratios: dict[tuple[int, int], list[float]] = {}  # to them
+    self._ratios: dict[tuple[int, int], list[float]] = {}  # to `_now`
     shape = self._counted.shape
     # No draft; a middling one, short; and it, the cheapest and the dearest as long as the model's layers take. What a
     # round costs is a sum of four parts.
@@ -62,6 +62,10 @@ class RoundCosts:
     self._ratios, self._beside = {}, beside
     twice = [pair for pair in (*([beside] if beside else []), *pairs) for _ in range(2)]
     self._untried += twice * max(_PROBES, math.ceil(_ROUNDS / len(twice)))
+
+  def begin(self) -> None:
+    """Other work comes before the next round: a pass over prompts, with caches of its own."""
+    self._before = None
 
   def probe(self) -> tuple[int, int] | None:
     """A draft and a length, both as indices, to take next for the sake of its seconds; None when enough is known."""
