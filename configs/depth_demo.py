@@ -4,9 +4,9 @@ python train.py --config=configs/depth_demo.py:early_exit --workdir=runs/early_e
 python eval.py --compare runs/early_exit runs/layer_skip
 
 On the source code of Python's standard library, byte by byte. Eight layers, as in `mixture_of_recursions_demo.py`.
-`:mue` is MuE, which is early exit with other settings. A shared block of 2 layers makes 4 passes in `:ponder` and
-`:act`, and up to 3 after 2 layers of their own in `:recurrent_depth`. `:dense` is the plain network and `:dense,4` one
-of four layers: shallower networks are what any of these has to beat.
+`:calm` and `:mue` are early exit too, one with CALM's classifier. A shared block of 2 layers makes 4 passes in
+`:ponder` and `:act`, and up to 3 after 2 layers of their own in `:recurrent_depth`. `:dense` is the plain network and
+`:dense,4` one of four layers: shallower networks are what any of these has to beat.
 """
 
 from adaptive import methods
@@ -17,6 +17,7 @@ MUE = dict(signal="cosine", kv="copy", thresholds=(0.9, 0.95, 0.98))
 VARIANTS = {
   "dense": ("dense", {}),
   "early_exit": ("early_exit", dict(exits=EXITS)),
+  "calm": ("early_exit", dict(exits=EXITS, classifier="joint", exit=dict(signal="learned"))),
   "mue": ("early_exit", dict(exits=tuple(range(1, 8)), weights="equal", exit=MUE)),
   "layer_skip": ("layer_skip", dict(exit_scale=1.0, rotation=4)),
   "jei_dnn": ("jei_dnn", dict(exits=EXITS, warmup_steps=150, phase_steps=15, gate_rate=10.0)),

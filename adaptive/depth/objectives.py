@@ -35,12 +35,6 @@ def cross_entropy_of(batch: Batch) -> Callable[[jax.Array], SumCount]:
   return lambda logits: losses.cross_entropy(logits, batch["targets"], mask)
 
 
-def with_teacher(batch: Batch, teacher: jax.Array) -> Callable[[jax.Array], tuple[SumCount, SumCount]]:
-  """Logits [b, t, v] -> next-token cross entropy, and cross entropy to what the teacher's logits [b, t, v] predict."""
-  hard, mask = cross_entropy_of(batch), losses.counted(batch)
-  return lambda logits: (hard(logits), losses.soft_cross_entropy(logits, teacher, mask))
-
-
 def token_losses(head: Callable, heads: Params, hidden: jax.Array, targets: jax.Array) -> jax.Array:
   """Next-token cross entropy of each token at every exit, float32 [e, b, t]; arguments as of `read_exits`."""
   return read_exits(head, heads, hidden, lambda logits: losses.token_losses(logits, targets))

@@ -30,8 +30,9 @@ def initial_state(run: Run) -> TrainState:
   dense = plan.method is METHODS["dense"]
   source = load_params(dataclasses.replace(plan, mesh=run.mesh), e.training.init_from)[1]
   shapes = lambda tree: jax.tree.map(lambda leaf: leaf.shape, tree)
+  taken = {name: part for name, part in state.params.items() if name in source}
   require(
-    dense or shapes(source) == shapes(state.params),
+    dense or shapes(source) == shapes(taken),
     f"training.init_from={e.training.init_from} has other parameters than this run: its method's settings differ",
   )
   where = jax.tree.map(lambda leaf: leaf.sharding, state.params)
@@ -39,7 +40,7 @@ def initial_state(run: Run) -> TrainState:
 
   def put_in(params: Params, source: Params) -> Params:
     put = run.method.init_from(run.model, params, source, e.training.init_layers, e.seed) if dense else source
-    return cast(put, params)
+    return cast({**params, **put}, params)  # what the source's settings did without stays fresh
 
   with jax.set_mesh(run.mesh):
     return dataclasses.replace(state, params=jax.jit(put_in, out_shardings=where)(state.params, source))

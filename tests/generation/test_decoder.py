@@ -54,6 +54,7 @@ EXITS = {
   "recompute": dict(kv="recompute", wait=4),
   "stability": dict(kv="copy", signal="stability", thresholds=(0.2, 0.4, 0.6)),
   "random": dict(signal="random", thresholds=(0.3, 0.5, 0.7)),
+  "agreement": dict(signal="learned", thresholds=(0.3, 0.5, 0.7)),
 }
 # Of shared blocks by settings and key/value rule: a fixed number of passes (1), and a threshold (2).
 PASSES = {
@@ -96,6 +97,7 @@ def case(name: str, variant: str, index: int):
     config = tiny.model_config(qk_norm=True)
     exiting = exits.Exiting(**{"thresholds": (0.1, 0.15, 0.2), **EXITS[variant]})
     settings = dict(exits=(1, 3), heads="own" if variant == "copy" else "shared", exit=exiting)
+    settings |= dict(classifier="joint") if exiting.signal == "learned" else {}
   elif name in LEARNED:
     config, how = tiny.model_config(qk_norm=True), METHODS[name].Config().exit
     exiting = dataclasses.replace(how, thresholds=(0.3, 0.5), kv=variant, **LEARNED[name])

@@ -1,13 +1,19 @@
 """Early exit: what is trained, with which weights, and how it leaves as a dense model."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import slow_exits
 import tiny
+from scipy import special
 
 from adaptive import losses
 from adaptive.backbone.transformer import Transformer
+from adaptive.config import ConfigError
+from adaptive.depth import exits
 from adaptive.methods import METHODS
 from adaptive.methods.depth import early_exit
 
@@ -115,3 +121,93 @@ def test_the_weights_warm_up_to_their_own():
   model, *_ = built(weights="equal", warmup_steps=10)
   for step, early in ((0, 0.0), (5, 0.5), (10, 1.0), (50, 1.0)):
     np.testing.assert_allclose(early_exit.weights_at(model, jnp.int32(step)), [early, early, 1.0])
+
+
+# CALM's classifier
+
+
+def agreeing(**settings):
+  """A model with a classifier that is no longer at its start."""
+  model, params, batch = built(**{"classifier": "joint", **settings})
+  random = np.random.default_rng(3)
+  classifier = {"weight": jnp.asarray(random.normal(size=CONFIG.d_model), jnp.float32), "bias": jnp.float32(-2.0)}
+  if model.own_heads:  # that are near the model's, for some tokens to agree
+    own = params["exit_heads"]
+    params["exit_heads"] = {**own, "matrix": 0.1 * own["matrix"] + params["embedding"]["table"].T[None]}
+  return model, {**params, "classifier": classifier}, batch
+
+
+def said(params, x):
+  """The probability that an exit agrees, float64, of streams [..., d]."""
+  x, part = np.asarray(x, np.float64), {k: np.asarray(v, np.float64) for k, v in params["classifier"].items()}
+  normed = x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + CONFIG.norm_eps)
+  return special.expit(normed @ part["weight"] + part["bias"])
+
+
+@pytest.mark.parametrize("heads", ["shared", "own"])
+def test_the_classifier_s_loss_is_balanced_at_each_exit(heads):
+  model, params, batch = agreeing(heads=heads)
+  real = np.asarray(batch["segment_ids"]) > 0
+  streams, tops = [], []
+  for submodel in [s for s in METHOD.submodels(model) if "depth" in s.name]:
+    config, small = METHOD.extract(model, params, submodel)
+    dense = Transformer(config)
+    x, context = dense.apply({"params": small}, batch, method="embed")
+    x, _ = dense.apply({"params": small}, x, context, method=lambda m, x, c: m.layers(x, c, None))
+    streams.append(np.asarray(x))
+    tops.append(np.asarray(dense.apply({"params": small}, x, method="head")).argmax(-1))
+  each = []
+  for x, top in zip(streams[:-1], tops[:-1]):
+    agrees, p, number = (top == tops[-1])[real], said(params, x)[real], real.sum()
+    assert 0 < agrees.sum() < number
+    each.append(-np.log(p[agrees]).sum() * (~agrees).sum() / number - np.log(1 - p[~agrees]).sum() * agrees.mean())
+  want = np.mean(each) / real.sum()
+  found, metrics = loss_of(model, params, batch)
+  assert float(losses.mean(metrics["classifier_loss"])) == pytest.approx(want, rel=1e-5)
+  plain = loss_of(model.clone(method=METHOD.Config(exits=(1, 3), heads=heads)), params, batch)[0]
+  assert float(found) == pytest.approx(float(plain) + want, rel=1e-5)
+  alone = model.clone(method=dataclasses.replace(model.method, classifier="alone", distill=0.5))
+  assert float(loss_of(alone, params, batch)[0]) == pytest.approx(want, rel=1e-5)
+
+
+def test_the_classifier_teaches_nobody_but_itself():
+  model, params, batch = agreeing(heads="own")
+  found = jax.grad(lambda p: loss_of(model, p, batch)[0])(params)
+  plain = model.clone(method=METHOD.Config(exits=(1, 3), heads="own"))
+  rest = lambda tree: {name: part for name, part in tree.items() if name != "classifier"}
+  tiny.assert_trees_close(rest(found), jax.grad(lambda p: loss_of(plain, p, batch)[0])(rest(params)))
+  alone = model.clone(method=dataclasses.replace(model.method, classifier="alone"))
+  assert METHOD.learning_rates(alone) == dict.fromkeys(("embedding", "layers", "final_norm", "exit_heads"), 0.0)
+  grads = jax.grad(lambda p: loss_of(alone, p, batch)[0])(params)
+  tiny.assert_trees_close(grads["classifier"], found["classifier"])
+  assert min(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(grads["classifier"])) > 0
+  assert not any(jnp.any(leaf) for leaf in jax.tree.leaves(rest(grads)))
+
+
+@pytest.mark.parametrize("kv", ["project", "copy"])
+def test_tokens_leave_where_the_classifier_says_so(kv):
+  threshold = 0.6
+  model, params, batch = agreeing(exits=(1, 2, 3), exit=exits.Exiting(signal="learned", thresholds=(threshold,), kv=kv))
+  names = [s.name for s in METHOD.submodels(model)]
+  found = jax.device_get(METHOD.forward(model, params, batch, names.index(f"threshold={threshold}")))
+  ask = lambda which, x: said(params, x) > threshold
+  depth, x = slow_exits.left(CONFIG, params, batch, model.exits.depths, kv, lambda position: ask)
+  real = np.asarray(batch["segment_ids"]) > 0
+  assert len(set(depth[real])) >= 3
+  np.testing.assert_allclose(found.logits[real], slow_exits.logits(CONFIG, params, x)[real], rtol=2e-5, atol=2e-5)
+  assert float(found.aux["layers"][0]) == depth[real].sum()
+
+
+def test_what_a_classifier_costs_and_needs():
+  model, params, _ = agreeing()
+  *_, full = METHOD.submodels(model)
+  assert METHOD.cost(model, full, 8, {}).params_total == sum(leaf.size for leaf in jax.tree.leaves(params))
+  asked = METHOD.build(CONFIG, dataclasses.replace(model.method, exit=exits.Exiting(signal="learned"))).exits
+  assert asked.asked_flops(0) == 2 * CONFIG.d_model
+  assert not asked.reads_logits
+  with pytest.raises(ConfigError, match="method.exit.signal='learned': this method trains none"):
+    METHOD.build(CONFIG, METHOD.Config(exits=(1,), exit=exits.Exiting(signal="learned")))
+  with pytest.raises(ConfigError, match="classifier='alone' trains no heads"):
+    METHOD.Config(exits=(1,), heads="own", heads_only=True, classifier="alone")
+  with pytest.raises(ConfigError, match=r"method.exits=\(4,\): there is nothing to classify"):
+    METHOD.build(CONFIG, METHOD.Config(exits=(4,), classifier="joint"))

@@ -27,6 +27,8 @@ CASES = {
   "distilled_exits": ("early_exit", dict(exits=(1, 2), distill=0.5)),
   "own_exits": ("early_exit", dict(exits=(1, 2), heads="own")),
   "heads_alone": ("early_exit", dict(exits=(1, 2), heads="own", heads_only=True)),
+  "classifier": ("early_exit", dict(exits=(1, 2), classifier="joint")),
+  "classifier_alone": ("early_exit", dict(exits=(1, 2), heads="own", classifier="alone", distill=0.5)),
   "layer_skip": ("layer_skip", dict(dropout=0.0, curriculum="none")),
   "recursive": ("recursive", dict(num_recursions=3, sharing="cycle")),
   "gates_warm": ("jei_dnn", dict(exits=(1, 2), warmup_steps=4)),
@@ -96,7 +98,7 @@ def test_the_products_of_a_traced_update_are_those_counted(name):
   counted = method.update_flops(model, choice, 2 * LENGTH - 1)
   # Each exit's logits are computed again in the backward pass, which saves memory and is no work of the model's.
   threes = ("multi_exit", "exits", "own_exits", "distilled_exits", "layer_skip", "gates_warm", "gated")
-  threes += ("controller", "pondernet")
+  threes += ("controller", "pondernet", "classifier")
   exits = {**dict.fromkeys(threes, 3), "heads_alone": 2, "gated_frozen": 2, "controller_frozen": 2}.get(name, 0)
   again = costs.head_flops(MODEL) * exits
   found = products(jax.make_jaxpr(program)(params, batch).jaxpr)

@@ -81,10 +81,26 @@ def test_a_second_stage_begins_where_the_first_one_ended(place, tmp_path):
     warm_start.initial_state(other)
 
 
+@pytest.mark.slow
+def test_a_stage_brings_what_the_one_before_did_without(place, tmp_path):
+  """CALM's classifier, on early exits that were trained without one: they stay as they are. Not the other way round."""
+  data, _, _ = place
+  stage = lambda **settings: tiny_run.assemble(data, "early_exit", **{"training.steps": 2, **settings})
+  one, alone = stage(), {"method.classifier": "alone", "training.init_from": str(tmp_path / "one")}
+  loop.train(one, str(tmp_path / "one"))
+  loop.train(stage(**alone), str(tmp_path / "two"))
+  params = jax.device_get(load_params(stage(**alone), str(tmp_path / "two"))[1])
+  assert (params.pop("classifier")["weight"] != 0).all()
+  tiny.assert_trees_equal(params, jax.device_get(load_params(one, str(tmp_path / "one"))[1]))
+  with pytest.raises(ConfigError, match="has other parameters than this run"):
+    warm_start.initial_state(stage(**{"training.init_from": str(tmp_path / "two")}))
+
+
 @pytest.mark.parametrize(
   ("method", "settings", "named"),
   [
     ("early_exit", {"method.heads": "own", "method.heads_only": True}, "method.heads_only"),
+    ("early_exit", {"method.classifier": "alone"}, "method.classifier='alone'"),
     ("jei_dnn", {"method.heads": "own", "method.backbone": "frozen"}, "method.backbone='frozen'"),
     ("sec", {"method.backbone": "frozen"}, "method.backbone='frozen'"),
     ("first", {**DEPTH, "method.train": "routers"}, "method.train='routers'"),
