@@ -111,6 +111,7 @@ class Chooser:
     self._short = self._lengths[None] * np.array(layers)[:, None] <= 2 * full
     self._short[1:, self._lengths == 0] = False  # without tokens, one draft is as good as another
     self._rounds: collections.Counter[tuple[int, int]] = collections.Counter()
+    self.trials = 0  # rounds that were taken to be timed
     self._start_looking()
     self._forget()
 
@@ -169,6 +170,7 @@ class Chooser:
     gain = self._gain()
     probe = self._probe(gain) if self._measured else None
     if probe is not None:
+      self.trials += 1
       return Choice(probe[0], int(self._lengths[probe[1]]), timed=True)
     best = self._best(gain)
     if best != self._last:

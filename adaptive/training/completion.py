@@ -108,11 +108,19 @@ def complete(workdir: str, request: Request) -> None:
       generator = Generator(plan.method.decoder(plan.model, params, submodel), **sampled)
     del params
     summary = _summary((_stream if len(prompts) == 1 else _print_all)(generator, request, prompts, texts))
-    if request.draft == "auto" and choice.usual is not None:
-      taken, share = choice.usual
-      what = f"{taken.tokens} tokens drafted by {layers[taken.draft]} layers" if taken.tokens else "no draft"
-      summary += f"; {share:.0%} of the rounds: {what}"
+    if request.draft == "auto":
+      summary += _chosen(choice, layers)
   print(summary, file=sys.stderr)
+
+
+def _chosen(choice: Chooser, layers: Sequence[int]) -> str:
+  """What rounds were spent on, given the layers that each draft runs."""
+  said = f"; {choice.trials} rounds to time the drafts" if choice.trials else ""
+  if choice.usual is not None:
+    taken, share = choice.usual
+    what = f"{taken.tokens} tokens drafted by {layers[taken.draft]} layers" if taken.tokens else "no draft"
+    said += f"; {share:.0%} of the {'other ' if choice.trials else ''}rounds: {what}"
+  return said
 
 
 def _prompts(
