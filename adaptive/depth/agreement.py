@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from adaptive import losses, routing
+from adaptive import losses
 from adaptive.backbone.layers import rms_norm
 from adaptive.backbone.transformer import Params
 from adaptive.config import ModelConfig
@@ -67,4 +67,5 @@ def loss(classifier: Params, hidden: jax.Array, predicted: jax.Array, mask: jax.
   tokens = jnp.sum(mask, dtype=jnp.float32)
   share = jnp.sum(agrees & mask[None], axis=(1, 2), keepdims=True) / jnp.maximum(tokens, 1.0)
   weights = jnp.where(agrees, 1 - share, share) * mask[None]
-  return routing.binary_cross_entropy(said, agrees, weights)[0], tokens * len(agrees)
+  each = jax.nn.softplus(said) - said * agrees
+  return jnp.sum(each * weights), tokens * len(agrees)
