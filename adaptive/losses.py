@@ -56,6 +56,12 @@ def soft_cross_entropy(logits: jax.Array, teacher: jax.Array, mask: jax.Array, t
   return jnp.sum(losses * mask), jnp.sum(mask, dtype=jnp.float32)
 
 
+def binary_cross_entropy(logits: jax.Array, targets: jax.Array, mask: jax.Array) -> SumCount:
+  """Sum over the masked entries of the cross entropy of sigmoid(logits) to boolean targets, and their number."""
+  each = jax.nn.softplus(logits) - logits * targets
+  return jnp.sum(each * mask), jnp.sum(mask, dtype=jnp.float32)
+
+
 def correct(logits: jax.Array, targets: jax.Array, mask: jax.Array) -> SumCount:
   """Number of tokens whose arg max is the target, and the number of tokens."""
   hits = (jnp.argmax(logits, axis=-1) == targets) & mask

@@ -204,12 +204,6 @@ def within_budget(
   return passed.T, count
 
 
-def binary_cross_entropy(logits: jax.Array, targets: jax.Array, mask: jax.Array) -> SumCount:
-  """Sum over the masked entries of the cross entropy of sigmoid(logits) to boolean targets, and their number."""
-  each = jax.nn.softplus(logits) - logits * targets
-  return jnp.sum(each * mask), jnp.sum(mask, dtype=jnp.float32)
-
-
 def z_loss(logits: jax.Array, mask: jax.Array) -> SumCount:
   """Squared logsumexp over the last axis of [b, t, e], summed where mask [b, t] is true (Zoph et al. 2022)."""
   return jnp.sum(jax.nn.logsumexp(logits, axis=-1) ** 2 * mask), jnp.sum(mask, dtype=jnp.float32)

@@ -9,7 +9,7 @@ import pytest
 import scipy.special
 import tiny
 
-from adaptive import routing
+from adaptive import losses, routing
 
 quick = hypothesis.settings(max_examples=60, deadline=None, derandomize=True)
 
@@ -173,7 +173,7 @@ def test_router_logits_are_float32_and_as_the_paper_says(kind):
 
 def test_losses_of_routers_on_hand_worked_numbers():
   logits, mask = jnp.log(jnp.asarray([[3.0, 1.0, 9.0]])), jnp.asarray([[True, True, False]])
-  total, count = routing.binary_cross_entropy(logits, jnp.asarray([[True, False, False]]), mask)
+  total, count = losses.binary_cross_entropy(logits, jnp.asarray([[True, False, False]]), mask)
   np.testing.assert_allclose([total, count], [-math.log(0.75) - math.log(0.5), 2], rtol=1e-6)
   scores = jnp.log(jnp.asarray([[[1.0, 3.0], [2.0, 2.0], [5.0, 5.0]]]))
   total, count = routing.z_loss(scores, mask)
@@ -182,5 +182,5 @@ def test_losses_of_routers_on_hand_worked_numbers():
   np.testing.assert_allclose(even, 1.0)
   np.testing.assert_allclose(routing.balance_loss(jnp.eye(4)[0], jnp.eye(4)[0]), 4.0)
   for extreme in (1e4, -1e4):
-    total, _ = routing.binary_cross_entropy(jnp.full((1, 1), extreme), jnp.asarray([[True]]), mask[:, :1])
+    total, _ = losses.binary_cross_entropy(jnp.full((1, 1), extreme), jnp.asarray([[True]]), mask[:, :1])
     np.testing.assert_allclose(total, max(-extreme, 0.0))

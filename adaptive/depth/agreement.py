@@ -67,5 +67,4 @@ def loss(classifier: Params, hidden: jax.Array, predicted: jax.Array, mask: jax.
   tokens = jnp.sum(mask, dtype=jnp.float32)
   share = jnp.sum(agrees & mask[None], axis=(1, 2), keepdims=True) / jnp.maximum(tokens, 1.0)
   weights = jnp.where(agrees, 1 - share, share) * mask[None]
-  each = jax.nn.softplus(said) - said * agrees
-  return jnp.sum(each * weights), tokens * len(agrees)
+  return losses.binary_cross_entropy(said, agrees, weights)[0], tokens * len(agrees)

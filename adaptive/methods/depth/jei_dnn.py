@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from adaptive import cost as costs
-from adaptive import executors, losses, routing
+from adaptive import executors, losses
 from adaptive.backbone.transformer import Batch
 from adaptive.config import Experiment, ModelConfig, require, require_range, require_trained
 from adaptive.depth import exits as exiting
@@ -253,7 +253,7 @@ def gate_loss(scores: jax.Array, targets: jax.Array, mask: jax.Array) -> losses.
   tokens = jnp.sum(mask, dtype=jnp.float32)
   weight = jnp.minimum((tokens - number) / jnp.maximum(number, 1.0), _MOST)
   weights = jnp.where(positive, weight[:, None, None], 1.0) * mask[None]
-  return routing.binary_cross_entropy(scores, positive, weights)[0], tokens * len(scores)
+  return losses.binary_cross_entropy(scores, positive, weights)[0], tokens * len(scores)
 
 
 def learning_rates(model: JeiDnn) -> dict[str, float]:

@@ -164,7 +164,7 @@ def judge(config: Config, scores: jax.Array, decisions: jax.Array, chosen: jax.A
   """Loss of whoever decides at inference, how right it would have been, and how much it would let pass; all [b, t]."""
   passing = wants(config, decisions, Rule())
   return {
-    "router_loss": routing.binary_cross_entropy(decisions, chosen, real),
+    "router_loss": losses.binary_cross_entropy(decisions, chosen, real),
     "router_accuracy": losses.masked_sum(passing == chosen, real),
     "passing": losses.masked_sum(passing, real),
     "gate": losses.masked_sum(gate(config, scores), chosen & real),

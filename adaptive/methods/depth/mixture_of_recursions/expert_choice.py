@@ -91,7 +91,7 @@ def _judge(
     features = jax.lax.stop_gradient(x)
     decisions = routing.router_logits(params["aux_router"], which, features, config.temperature)[..., 0]
     weight = 1.0  # nothing else trains it, and it trains nothing else
-  task = routing.binary_cross_entropy(decisions, targets, real)
+  task = losses.binary_cross_entropy(decisions, targets, real)
   size = routing.z_loss(scores[..., None], real)
   metrics["router_loss"] = task
   metrics["router_accuracy"] = losses.masked_sum((decisions > 0) == targets, real)
