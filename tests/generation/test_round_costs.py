@@ -177,6 +177,14 @@ def test_one_slow_round_of_a_new_pair_decides_nothing():
   assert costs.table[1, 1] == pytest.approx(3.0)
 
 
+def test_a_new_program_has_time_to_warm_up():
+  costs = RoundCosts(LAYERS, FULL, LENGTHS, overhead=1.0)
+  while (pair := costs.probe()) is not None:
+    costs.observe(*pair, 1.0)
+  costs.try_out([(1, 2)], beside=(0, 0))
+  assert len(list(iter(costs.probe, None))) >= 30
+
+
 def test_a_round_after_other_work_is_cold():
   costs = RoundCosts(LAYERS, FULL, LENGTHS, overhead=1.0)
   costs.observe(0, 0, 9.0)

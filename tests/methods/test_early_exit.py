@@ -13,7 +13,7 @@ from scipy import special
 from adaptive import losses
 from adaptive.backbone.transformer import Transformer
 from adaptive.config import ConfigError
-from adaptive.depth import exits
+from adaptive.depth import exits, signals
 from adaptive.methods import METHODS
 from adaptive.methods.depth import early_exit
 
@@ -205,6 +205,9 @@ def test_what_a_classifier_costs_and_needs():
   asked = METHOD.build(CONFIG, dataclasses.replace(model.method, exit=exits.Exiting(signal="learned"))).exits
   assert asked.asked_flops(0) == 2 * CONFIG.d_model
   assert not asked.reads_logits
+  x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, CONFIG.d_model)), jnp.float32)
+  found = asked.signal(params, 0).value(signals.Seen(None, None, x, x, None, None))
+  np.testing.assert_allclose(found, said(params, x), rtol=1e-5)
   with pytest.raises(ConfigError, match="method.exit.signal='learned': this method trains none"):
     METHOD.build(CONFIG, METHOD.Config(exits=(1,), exit=exits.Exiting(signal="learned")))
   with pytest.raises(ConfigError, match="classifier='alone' trains no heads"):
