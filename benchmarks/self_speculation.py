@@ -5,7 +5,7 @@
 
 Prompts are pieces of held-out text; all are continued greedily by the same number of tokens; caches, embedding, head
 and sampling are counted. `fixed` is LayerSkip's: one exit, one length, for all that are asked for; `chosen` is DEL's,
-anew in every round, by layers as in the paper or by the seconds that rounds took. Systems take turns prompt by prompt,
+anew in every round, by layers as in the paper or by the seconds that rounds took. Systems take turns prompt by prompt, in any order,
 and ratios are to plain decoding of the same prompt in the same turn: of the whole, and after the prompt, which takes no
 less time with a draft. Beside the time: tokens of a round, share of drafted
 tokens that were accepted, layers run one after the other for a token (`calls`), layers run for it in all (`work`), and
@@ -16,6 +16,7 @@ pass takes that checks several tokens. Last, what is chosen beside the best fixe
 import argparse
 import functools
 import itertools
+import random
 import statistics
 import sys
 import time
@@ -128,15 +129,17 @@ def main() -> None:
   times: dict[str, list[list[Seconds]]] = {name: [[] for _ in groups] for name in systems}
   found: dict[str, list[Result]] = {name: [None] * len(groups) for name in systems}
   others: dict[str, set[int]] = {name: set() for name in systems}  # prompts continued otherwise in any turn
+  order = random.Random(0)  # what ran before may matter: caches, and what it left the device to do
   for turn in range(a.turns + 1):
     for i, group in enumerate(groups):
-      for name, generator in systems.items():
+      for name in order.sample(list(systems), len(systems)):
         print(f"turn {turn} of {a.turns}, prompt {i}: {name:40}", end="\r", file=sys.stderr)
-        result = found[name][i] = generator(group, a.new)
-        pairs = zip(result.tokens, found["plain"][i].tokens)
-        others[name] |= {i * a.batch + row for row, (mine, plain) in enumerate(pairs) if mine != plain}
+        result = found[name][i] = systems[name](group, a.new)
         if turn:  # the first compiles
           times[name][i].append(Seconds(result.prefill_seconds + result.seconds, result.seconds))
+      for name in systems:
+        pairs = zip(found[name][i].tokens, found["plain"][i].tokens)
+        others[name] |= {i * a.batch + row for row, (mine, plain) in enumerate(pairs) if mine != plain}
   made = len(prompts) * a.new
   print(f"{len(prompts)} prompts, {a.batch} at a time, {a.new} tokens each; medians of {a.turns} turns")
   columns = f"{'tokens/s':>9} {'speed-up':>9} {'after the prompt':>17} {'a round':>8} {'accepted':>9}"

@@ -20,7 +20,7 @@ import numpy as np
 from adaptive.config import require
 from adaptive.generation.round_costs import RoundCosts
 
-_HOPE = 0.85  # share of the best pair's promise that a neighbour must have to be timed: inferred costs are off by less
+_HOPE = 0.5  # standard deviations by which a pair may be quicker than it seems: what is new gets a chance
 MOST = 32  # tokens that a round drafts
 _BETTER = 1.03  # another draft or length must promise so much more than the last: each is a program to compile
 
@@ -30,13 +30,12 @@ class Choice(NamedTuple):
 
   Attributes:
     draft: its place in the ladder. tokens: how many it proposes; 0 is a step without a draft.
-    look: whether to count how often every draft agrees with the model. timed: whether to tell what the round took.
+    look: whether to count how often every draft agrees with the model.
   """
 
   draft: int
   tokens: int
   look: bool = False
-  timed: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +71,7 @@ class Fixed:
   def choose(self) -> Choice:
     return Choice(self.draft, self.tokens)
 
-  def observe(self, metrics: Mapping[str, tuple], taken: Choice | None) -> None:
+  def observe(self, metrics: Mapping[str, tuple], taken: Choice | None, seconds: float | None = None) -> None:
     """Nothing is learned."""
 
 
@@ -87,7 +86,7 @@ class Chooser:
       paper counts none.
     decay: of what was counted of a draft, each time that it is counted anew (omega in the paper).
     looks: after how many rounds the agreement of all drafts is counted anew, at first and at most: twice as many each
-      time, as long as the choice stays the same. Rounds that are timed do not count.
+      time, as long as the choice stays the same. The first rounds, for their seconds, do not count.
     measured: whether rounds are judged by the seconds they take rather than by layers. What is chosen then depends on
       the machine, and so does what is sampled; greedy decoding has one output. Seconds are of one number of rows and
       one length of caches: a chooser that goes on with others keeps what it has timed.
@@ -102,7 +101,7 @@ class Chooser:
     lengths: Sequence[int] = (0, 1, 2, 3, 4, 6, 8, 10, 12, 16),
     overhead: float = 1.0,
     decay: float = 0.95,
-    looks: tuple[int, int] = (4, 32),
+    looks: tuple[int, int] = (4, 128),
     measured: bool = False,
   ):
     require(len(layers) > 0, "there is no draft to choose from")
@@ -111,7 +110,7 @@ class Chooser:
     self._short = self._lengths[None] * np.array(layers)[:, None] <= 2 * full
     self._short[1:, self._lengths == 0] = False  # without tokens, one draft is as good as another
     self._rounds: collections.Counter[tuple[int, int]] = collections.Counter()
-    self.trials = 0  # rounds that were taken to be timed
+    self.trials = 0  # first rounds, which were taken for the sake of their seconds
     self._start_looking()
     self._forget()
 
@@ -146,7 +145,7 @@ class Chooser:
 
   @property
   def usual(self) -> tuple[Choice, float] | None:
-    """What most rounds took that were not taken to be timed, and which share of them; None before the first."""
+    """What most rounds took after those, and which share of them; None before the first."""
     for (draft, tokens), number in self._rounds.most_common(1):
       return Choice(draft, tokens), number / self._rounds.total()
     return None
@@ -157,7 +156,6 @@ class Chooser:
 
   def begin(self) -> None:
     """New prompts. What earlier ones showed must not change what is sampled; where nothing is sampled, it helps."""
-    self._costs.begin()
     if not self._measured:
       self._forget()
       self._start_looking()
@@ -167,12 +165,10 @@ class Chooser:
 
   def choose(self) -> Choice:
     """The next round's."""
-    gain = self._gain()
-    probe = self._probe(gain) if self._measured else None
-    if probe is not None:
+    if self._measured and (probe := self._costs.probe()) is not None:
       self.trials += 1
-      return Choice(probe[0], int(self._lengths[probe[1]]), timed=True)
-    best = self._best(gain)
+      return Choice(probe[0], int(self._lengths[probe[1]]))
+    best = self._best(self._gain())
     if best != self._last:
       self._last, self._wait, self._left = best, self._looks[0], min(self._left, self._looks[0])
     self._left -= 1
@@ -180,22 +176,6 @@ class Chooser:
       return self._choice(*best)
     self._wait = self._left = min(2 * self._wait, self._looks[1])
     return self._choice(*best)._replace(look=True)
-
-  def _probe(self, gain: np.ndarray) -> tuple[int, int] | None:
-    """A pair to be timed: first some that tell about all, then the best and those beside it, until it stays the best.
-
-    What a pair costs is inferred from a few others only until it may matter: machines are not that even.
-    """
-    if (pair := self._costs.probe()) is None:
-      best = draft, length = _argmax(gain)
-      beside = [best, (draft, length - 1), (draft, length + 1), (draft - 1, length), (draft + 1, length)]
-      inside = [(e, d) for e, d in beside if 0 <= e < gain.shape[0] and 0 <= d < gain.shape[1]]
-      timed = self._costs.timed
-      new = [p for p in inside if p not in timed and gain[p] > _HOPE * gain[best]]
-      if timed and new:  # in calls of a round or two nothing may ever be warm
-        self._costs.try_out(new, beside=max(timed, key=lambda p: gain[p]))
-      pair = self._costs.probe()
-    return pair
 
   def _choice(self, draft: int, length: int) -> Choice:
     choice = Choice(int(draft), int(self._lengths[length]))
@@ -209,20 +189,20 @@ class Chooser:
     return self._last if stay else best
 
   def _gain(self) -> np.ndarray:
-    """Tokens for their cost, [e, l]; 0 for pairs that are never taken."""
-    return expected_tokens(self.rates[:, None], self._lengths[None]) / self._costs.table * self._short
+    """Tokens for their cost, as it may be, [e, l]; 0 for pairs that are never taken."""
+    costs = self._costs.table * np.exp(-_HOPE * self._costs.doubt)
+    return expected_tokens(self.rates[:, None], self._lengths[None]) / costs * self._short
 
-  def time(self, taken: Choice, seconds: float) -> None:
-    """What a round took that was to be timed."""
-    self._costs.observe(taken.draft, int(np.flatnonzero(self._lengths == taken.tokens)[0]), seconds)
-
-  def observe(self, metrics: Mapping[str, tuple], taken: Choice | None) -> None:
+  def observe(self, metrics: Mapping[str, tuple], taken: Choice | None, seconds: float | None = None) -> None:
     """What a round, or the prompts, showed.
 
     Args:
       metrics: `agrees`, of all drafts, where they were counted; `right`, of the one that was taken.
       taken: of the round; None for prompts.
+      seconds: that the round took; None where nobody knows.
     """
+    if self._measured and seconds is not None and taken is not None and not taken.look:  # all heads take time
+      self._costs.observe(taken.draft, int(np.flatnonzero(self._lengths == taken.tokens)[0]), seconds)
     if "agrees" in metrics:
       agreed, seen = metrics["agrees"]
       self._agreed, self._seen = self._decay * self._agreed + agreed, self._decay * self._seen + seen

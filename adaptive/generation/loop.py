@@ -1,6 +1,7 @@
 """Tokens one after the other: a batch of prompts in one call, then one compiled step per token.
 
-The host reads what a step sampled while the device computes the next one, so the device does not wait for it. A row
+The host reads what a step sampled while the device computes the next one, so the device does not wait for it; only
+what may be the last that is wanted is read first, or the prompts that come next would wait for a step in vain. A row
 that has ended, by a stop token or because `watch` said so, has no more real tokens: it computes on, unseen.
 """
 
@@ -88,6 +89,11 @@ class _Host:
     self.ended = np.zeros(rows, bool)
     self.times: list[float] = []
     self._limit, self._stop_tokens, self._watch, self._clock = limit, stop_tokens, watch, clock
+
+  @property
+  def left(self) -> int:
+    """Tokens that any row still needs."""
+    return max((self._limit - len(row) for row, ended in zip(self.tokens, self.ended) if not ended), default=0)
 
   def read(self, found: Sampled) -> bool:
     """Takes down what a step sampled; whether a row ended in a way of which the device cannot know."""
@@ -192,15 +198,25 @@ class Generator:
       start, params = self._clock(), self._decoder.params
       cache, rows, sampled = first(params, *map(self._put, (tokens, counts, ids)), key)
       stopped = self._put(np.zeros(len(counts), bool))
-      for _ in range(max_new_tokens - 1):
-        cache, rows, later = following(params, cache, rows, stopped, key)
+
+      def read(sampled: Sampled) -> None:
+        nonlocal stopped
         if host.read(self._fetch(sampled)):
           stopped = self._put(np.pad(host.ended, (0, len(counts) - len(prompts))))
-        if host.ended.all():
-          break
+
+      for _ in range(max_new_tokens - 1):
+        if last := host.left <= self._coming:
+          read(sampled)
+          if host.ended.all():
+            break
+        cache, rows, later = following(params, cache, rows, stopped, key)
+        if not last:
+          read(sampled)
+          if host.ended.all():
+            break
         sampled = later
       else:
-        host.read(self._fetch(sampled))
+        read(sampled)
     return Result(host.tokens, host.log_probs, host.metrics, host.times[0] - start, host.times[-1] - host.times[0])
 
   def _padded(self, prompts: Sequence[Sequence[int]], numbers: Sequence[int] | None) -> tuple[np.ndarray, ...]:
@@ -255,6 +271,11 @@ class Generator:
   def _next(self, compile_next: Callable[..., Callable]) -> Callable:
     """What is called for every later token: (params, cache, rows, stopped, seed) -> (cache, rows, sampled)."""
     return compile_next(self._following)
+
+  @property
+  def _coming(self) -> int:
+    """Tokens of a row, at most, that the step brings which is read next."""
+    return 1
 
   def _observe(self, sampled: Sampled) -> None:
     """Sees what the host has read."""

@@ -3,17 +3,24 @@
 DEL counts the layers that run one after the other, as if checking many tokens took as long as running one. On an
 accelerator that is nearly so. On a CPU it is not, and nowhere is a drafted token's head free. Seconds of a few rounds
 tell what a layer costs for a token that is drafted, for a pass that checks, and for every token in that pass.
+
+Machines are not that even, nor are they as quick in every minute: from then on, a Kalman filter follows the logarithm
+of each pair's seconds and of the machine's speed, from all rounds, and tells how sure it is.
 """
 
-import math
-import statistics
-from collections.abc import Iterable, Sequence
+import collections
+from collections.abc import Sequence
 
 import numpy as np
 from scipy.optimize import nnls
 
-_PROBES = 3  # turns in which each pair is tried, at least
-_ROUNDS = 30  # of all pairs together at least: for some 15 after a program was loaded a CPU takes a fifth longer
+_COLD = 4  # of a program's first rounds: they take up to twice as long, and tell nothing
+_PROBES = 4  # of each of the first pairs, after those
+# Standard deviations, as shares of a round's seconds. What was measured on CPUs:
+_NOISE = 0.1  # of one round beside the next of the same pair
+_UNEVEN = 0.12  # of a pair beside the sum of its parts
+_DRIFT = 0.03  # of the machine's speed from round to round
+_OUTLIER = 2.0  # standard deviations: what surprises more counts as if it surprised so much
 
 
 class RoundCosts:
@@ -30,70 +37,69 @@ class RoundCosts:
     above = full - below + 0 * tokens
     # A drafted token's layers, which the last of them runs too; its head; a pass over the layers above; their tokens.
     self._parts = np.stack([(tokens + 1) * below, tokens + 0 * below, above, above * (tokens + 1)], axis=-1)
-    self._seconds: dict[tuple[int, int], float] = {}
-    self._beside: tuple[int, int] | None = None
-    self._now = math.nan  # seconds that the pair beside took last
-    self._ratios: dict[tuple[int, int], list[float]] = {}  # to `_now`
     shape = self._counted.shape
     # No draft; a middling one, short; and it, the cheapest and the dearest as long as the model's layers take. What a
     # round costs is a sum of four parts.
     fits, middle = (tokens * below <= full) | (tokens == tokens.min()), shape[0] // 2
     long = [(draft, int(np.flatnonzero(fits[draft])[-1])) for draft in (0, middle, shape[0] - 1)]
-    pairs = dict.fromkeys(((0, 0), (middle, 0 if long[1][1] == 1 else min(1, shape[1] - 1)), *long))
-    self._untried: list[tuple[int, int]] = []
-    self._before: tuple[int, int] | None = None
-    self.try_out(pairs)
-
-  @property
-  def timed(self) -> set[tuple[int, int]]:
-    """Pairs whose own seconds are known."""
-    return set(self._seconds)
-
-  def try_out(self, pairs: Iterable[tuple[int, int]], beside: tuple[int, int] | None = None) -> None:
-    """Has these pairs timed, in turns.
-
-    Each comes twice in a row, for a program that follows another begins in cold memory, and only one that follows
-    itself takes as long as it will.
-
-    Args:
-      beside: a pair whose seconds are known, which takes turns with them: the median of their ratios to it counts,
-        since seconds of another minute may be those of a slower machine. Without it the least seconds count.
-    """
-    self._ratios, self._beside = {}, beside
-    twice = [pair for pair in (*([beside] if beside else []), *pairs) for _ in range(2)]
-    self._untried += twice * max(_PROBES, math.ceil(_ROUNDS / len(twice)))
-
-  def begin(self) -> None:
-    """Other work comes before the next round: a pass over prompts, with caches of its own."""
-    self._before = None
-
-  def probe(self) -> tuple[int, int] | None:
-    """A draft and a length, both as indices, to take next for the sake of its seconds; None when enough is known."""
-    return self._untried.pop(0) if self._untried else None
-
-  def observe(self, draft: int, length: int, seconds: float) -> None:
-    """What a round of this pair, both as indices, took by itself, with nothing before it still under way."""
-    pair = draft, length
-    warm, self._before = self._before == pair, pair
-    if not warm:
-      return
-    if self._beside is None:
-      self._seconds[pair] = min(seconds, self._seconds.get(pair, seconds))
-    elif pair == self._beside:
-      self._now = seconds
-    else:
-      ratios = self._ratios.setdefault(pair, [])
-      ratios.append(seconds / self._now)
-      self._seconds[pair] = statistics.median(ratios) * self._seconds[self._beside]
+    pairs = ((0, 0), (middle, 0 if long[1][1] == 1 else min(1, shape[1] - 1)), *long)
+    self._first: dict[tuple[int, int], list[float]] = {pair: [] for pair in pairs}  # seconds
+    self._asked = self._untold()
+    self._ran: collections.Counter[tuple[int, int]] = collections.Counter()
+    self._mean = self._covariance = None  # of the logarithms: of all pairs' seconds, and last of the machine's slowness
 
   @property
   def table(self) -> np.ndarray:
-    """Costs [e, l]: seconds, those of untried pairs from those of the tried ones; layers while no round was timed."""
-    if not self._seconds:
-      return self._counted
-    pairs, seconds = tuple(np.array(list(self._seconds)).T), np.array(list(self._seconds.values()))
+    """Costs [e, l]: seconds, of untried pairs by what the tried ones took; layers while too few rounds were timed."""
+    return self._counted if self._mean is None else np.exp(self._mean[:-1]).reshape(self._counted.shape)
+
+  @property
+  def doubt(self) -> np.ndarray:
+    """Standard deviation [e, l] of the seconds, as a share of them."""
+    if self._mean is None:
+      return np.zeros_like(self._counted)
+    return np.sqrt(np.diag(self._covariance)[:-1]).reshape(self._counted.shape)
+
+  def probe(self) -> tuple[int, int] | None:
+    """A draft and a length, both as indices, to take next for the sake of its seconds; None when enough is known."""
+    if self._mean is not None:
+      return None
+    self._asked = self._asked or self._untold()  # all in turns
+    return self._asked.pop(0)
+
+  def _untold(self) -> list[tuple[int, int]]:
+    return [pair for pair, seconds in self._first.items() if len(seconds) < _PROBES]
+
+  def observe(self, draft: int, length: int, seconds: float) -> None:
+    """What a round of this pair, both as indices, took."""
+    pair = draft, length
+    self._ran[pair] += 1
+    if self._ran[pair] <= _COLD:
+      return
+    if self._mean is not None:
+      self._follow(np.ravel_multi_index(pair, self._counted.shape), np.log(seconds))
+    elif pair in self._first:
+      self._first[pair].append(seconds)
+      if not self._untold():
+        self._start()
+
+  def _start(self) -> None:
+    """From the seconds of the first pairs to those of all."""
+    pairs = tuple(np.array(list(self._first)).T)
+    seconds = np.array([np.median(each) for each in self._first.values()])
     # Relative errors count: a long round must not decide alone. The parts are not negative.
     weights, _ = nnls(self._parts[pairs] / seconds[:, None], np.ones(len(seconds)))
-    table = self._parts @ weights
-    table[pairs] = seconds
-    return table
+    table, variance = self._parts @ weights, np.full(self._counted.shape, _UNEVEN**2)
+    table[pairs], variance[pairs] = seconds, _NOISE**2 / _PROBES
+    self._mean = np.append(np.log(table).ravel(), 0.0)
+    self._covariance = np.diag(np.append(variance.ravel(), 0.0))
+
+  def _follow(self, pair: int, log_seconds: float) -> None:
+    """One round more: a step of the filter. What was seen is a pair's share and the machine's, and noise."""
+    mean, covariance = self._mean, self._covariance
+    covariance[-1, -1] += _DRIFT**2
+    joint = covariance[:, pair] + covariance[:, -1]
+    variance = joint[pair] + joint[-1] + _NOISE**2
+    most = _OUTLIER * np.sqrt(variance)
+    mean += joint / variance * np.clip(log_seconds - mean[pair] - mean[-1], -most, most)
+    covariance -= np.outer(joint, joint) / variance

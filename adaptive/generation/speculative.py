@@ -11,7 +11,6 @@ Theorem 1). Every row accepts as many tokens as are right for it.
 import collections
 import functools
 import itertools
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -43,6 +42,13 @@ class Drafted(NamedTuple):
   tokens: jax.Array
   states: jax.Array
   probs: jax.Array
+
+
+class _Read(NamedTuple):
+  """When the host last read what a round sampled, and how many seconds it had been compiling by then."""
+
+  at: float
+  compiling: float
 
 
 class SpeculativeGenerator(loop.Generator):
@@ -78,27 +84,31 @@ class SpeculativeGenerator(loop.Generator):
 
     def following(*args):
       choice = self._choice.choose()
-      which = choice._replace(timed=False)
-      if which not in programs:
-        programs[which] = compile_next(functools.partial(self._round, which))
+      if choice not in programs:
+        programs[choice] = compile_next(functools.partial(self._round, choice))
       self._taken.append(choice)
-      if not choice.timed:
-        return programs[which](*args)
-      jax.block_until_ready(args)
-      start = time.perf_counter()
-      out = jax.block_until_ready(programs[which](*args))
-      self._choice.time(choice, time.perf_counter() - start)
-      return out
+      return programs[choice](*args)
 
     return following
 
   def __call__(self, *args, **kwargs) -> loop.Result:
     self._taken = collections.deque([None])  # the prompts' pass; what an interrupted call left is forgotten
+    self._read = _Read(self._clock(), self._compiling)
     self._choice.begin()
     return super().__call__(*args, **kwargs)
 
+  @property
+  def _coming(self) -> int:
+    return 1 if self._taken[0] is None else self._taken[0].tokens + 1
+
   def _observe(self, sampled: Sampled) -> None:
-    self._choice.observe(sampled.metrics, self._taken.popleft())
+    """Tells what a round showed, and its seconds: rounds follow each other at once, so what lies between their ends.
+
+    While a program is compiled the device goes on, and nobody knows.
+    """
+    before, self._read = self._read, _Read(self._clock(), self._compiling)
+    seconds = self._read.at - before.at if self._read.compiling == before.compiling else None
+    self._choice.observe(sampled.metrics, self._taken.popleft(), seconds)
 
   def _first(self, slots: int, params: Params, tokens, counts, numbers, seed) -> tuple[Cache, Rows, Sampled]:
     ladder, drafts = self._ladder, self._choice.drafts

@@ -209,7 +209,8 @@ class _Anything:
   most, drafts, learns = 5, (0, 1, 2), True
 
   def __init__(self, seed):
-    self._rng, self.seen, self.taken, self.made = np.random.default_rng(seed), [], [], []
+    self._rng = np.random.default_rng(seed)
+    self.begin()
 
   def choose(self):
     draft, tokens, look = (
@@ -217,20 +218,16 @@ class _Anything:
       int(self._rng.choice([0, 1, 3, 5])),
       self._rng.random() < 0.3,
     )
-    self.made.append(Choice(draft, tokens, bool(look), timed=bool(self._rng.random() < 0.3)))
+    self.made.append(Choice(draft, tokens, bool(look)))
     return self.made[-1]
 
   def begin(self):
-    self.seen, self.taken, self.made, self.times = [], [], [], []
+    self.seen, self.taken, self.made, self.seconds = [], [], [], []
 
-  def observe(self, metrics, taken):
+  def observe(self, metrics, taken, seconds):
     self.seen.append(metrics)
     self.taken.append(taken)
-
-  def time(self, taken, seconds):
-    assert taken.timed
-    assert seconds > 0
-    self.times.append(taken)
+    self.seconds.append(seconds)
 
 
 @pytest.mark.parametrize("name", ["layer_skip", "early_exit"])
@@ -240,13 +237,30 @@ def test_any_sequence_of_choices_gives_the_same_tokens(name):
   choice.drafts = choice.drafts[: len(method.ladder(model, params, None).rungs)]
   found = SpeculativeGenerator(method.ladder(model, params, None), VOCAB, choice, GREEDY)(PROMPTS, 25)
   assert found.tokens == plain(name)(PROMPTS, 25).tokens
-  assert choice.taken == [None, *choice.made[: len(choice.taken) - 1]]  # rounds are told in the order of their choice
-  assert choice.times == [c for c in choice.made if c.timed] != []
+  # Rounds are told in the order of their choice; none is begun after what ends all.
+  assert choice.taken == [None, *choice.made]
   assert len({c.tokens for c in choice.made} | {0}) == len({c.tokens for c in choice.made}) > 2
   for taken, metrics in zip(choice.taken, choice.seen):
     assert ("agrees" in metrics) is (taken is None or taken.look)
     agreed, number = metrics.get("agrees", metrics.get("right"))
     assert np.all((np.asarray(agreed) >= 0) & (np.asarray(agreed) <= number))
+
+
+def test_seconds_of_rounds_are_told_but_where_a_program_was_compiled():
+  method, model, params = family("layer_skip")
+  choice = _Anything(0)
+  generator = SpeculativeGenerator(method.ladder(model, params, None), VOCAB, choice, GREEDY)
+  unknown = []
+  for _ in range(3):
+    generator(PROMPTS, 25)
+    new = set(choice.made) - set(unknown)
+    unknown += new
+    # The step before the one that was compiled, and the prompts' own.
+    assert sum(seconds is None for seconds in choice.seconds[1:]) <= len(new)
+    assert all(0 < seconds < 10 for seconds in choice.seconds[1:] if seconds is not None)
+    choice._rng = np.random.default_rng(0)
+  assert not new
+  assert None not in choice.seconds
 
 
 def test_the_chooser_learns_how_often_each_exit_is_right():
