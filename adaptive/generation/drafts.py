@@ -21,6 +21,8 @@ from adaptive.config import require
 from adaptive.generation.round_costs import RoundCosts
 
 _HOPE = 0.5  # standard deviations by which a pair may be quicker than it seems: what is new gets a chance
+_RIVAL = 0.95  # share of the best pair's promise that a second must have to be run beside it
+_NEW, _AGAIN = 16, 8  # rounds after a change in which a rival has every other one; later it has one of so many
 MOST = 32  # tokens that a round drafts
 _BETTER = 1.03  # another draft or length must promise so much more than the last: each is a program to compile
 
@@ -109,7 +111,7 @@ class Chooser:
     self._costs = RoundCosts(layers, full, lengths, overhead)
     self._short = self._lengths[None] * np.array(layers)[:, None] <= 2 * full
     self._short[1:, self._lengths == 0] = False  # without tokens, one draft is as good as another
-    self._rounds: collections.Counter[tuple[int, int]] = collections.Counter()
+    self._rounds: collections.Counter[tuple[int, int]] = collections.Counter()  # of pairs, as indices
     self.trials = 0  # first rounds, which were taken for the sake of their seconds
     self._start_looking()
     self._forget()
@@ -146,8 +148,8 @@ class Chooser:
   @property
   def usual(self) -> tuple[Choice, float] | None:
     """What most rounds took after those, and which share of them; None before the first."""
-    for (draft, tokens), number in self._rounds.most_common(1):
-      return Choice(draft, tokens), number / self._rounds.total()
+    for (draft, length), number in self._rounds.most_common(1):
+      return Choice(draft, int(self._lengths[length])), number / self._rounds.total()
     return None
 
   def _forget(self) -> None:
@@ -161,26 +163,36 @@ class Chooser:
       self._start_looking()
 
   def _start_looking(self) -> None:
-    self._last, self._wait, self._left = None, self._looks[0], self._looks[0]
+    self._last, self._same, self._wait, self._left = None, 0, self._looks[0], self._looks[0]
 
   def choose(self) -> Choice:
     """The next round's."""
     if self._measured and (probe := self._costs.probe()) is not None:
       self.trials += 1
       return Choice(probe[0], int(self._lengths[probe[1]]))
-    best = self._best(self._gain())
+    gain = self._gain()
+    best = self._best(gain)
     if best != self._last:
-      self._last, self._wait, self._left = best, self._looks[0], min(self._left, self._looks[0])
+      self._last, self._same, self._wait, self._left = best, 0, self._looks[0], min(self._left, self._looks[0])
+    self._same += 1
+    if self._measured and (rival := self._rival(gain)) is not None:
+      return self._choice(*rival)
     self._left -= 1
     if self._left:
       return self._choice(*best)
     self._wait = self._left = min(2 * self._wait, self._looks[1])
     return self._choice(*best)._replace(look=True)
 
+  def _rival(self, gain: np.ndarray) -> tuple[int, int] | None:
+    """Now and then the second best that was ever taken: a machine's slow minutes are not a pair's if both had them."""
+    if self._same % (2 if self._same <= _NEW else _AGAIN):
+      return None
+    near = [pair for pair in self._rounds if pair != self._last and gain[pair] > _RIVAL * gain[self._last]]
+    return max(near, key=lambda pair: gain[pair], default=None)
+
   def _choice(self, draft: int, length: int) -> Choice:
-    choice = Choice(int(draft), int(self._lengths[length]))
-    self._rounds[choice.draft, choice.tokens] += 1
-    return choice
+    self._rounds[draft, length] += 1
+    return Choice(draft, int(self._lengths[length]))
 
   def _best(self, gain: np.ndarray) -> tuple[int, int]:
     """Draft and length, as indices."""
