@@ -22,7 +22,7 @@ from adaptive.generation.round_costs import RoundCosts
 
 _HOPE = 0.5  # standard deviations by which a pair may be quicker than it seems: what is new gets a chance
 _RIVAL = 0.95  # share of the best pair's promise that a second must have to be run beside it
-_NEW, _AGAIN = 16, 8  # rounds after a change in which a rival has every other one; later it has one of so many
+_NEW, _AGAIN = 16, 16  # rounds after a change in which a rival has every other one; later it has one of so many
 MOST = 32  # tokens that a round drafts
 _BETTER = 1.03  # another draft or length must promise so much more than the last: each is a program to compile
 

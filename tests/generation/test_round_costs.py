@@ -203,7 +203,7 @@ def test_a_pair_that_may_be_better_is_tried(slower):
 
 
 def test_the_second_best_is_run_beside_the_best_if_it_is_nearly_as_good():
-  """Every other round at first, then every eighth; not what nobody ever took, nor what is much worse."""
+  """Every other round at first, then every sixteenth; not what nobody ever took, nor what is much worse."""
   chooser = Chooser(LAYERS, FULL, LENGTHS, measured=True)
   table = np.full_like(TRUE, 0.1)
   table[0, 1], table[0, 0], table[1, 0] = 1.0, 0.96, 0.9
@@ -216,7 +216,7 @@ def test_the_second_best_is_run_beside_the_best_if_it_is_nearly_as_good():
   chooser._rounds.update([(0, 0)])
   chooser._start_looking()
   taken = take(48)
-  assert [i for i, pair in enumerate(taken, 1) if pair == (0, 0)] == [2, 4, 6, 8, 10, 12, 14, 16, 24, 32, 40, 48]
+  assert [i for i, pair in enumerate(taken, 1) if pair == (0, 0)] == [2, 4, 6, 8, 10, 12, 14, 16, 32, 48]
   assert set(taken) == {(0, 0), (0, 1)}
 
 
