@@ -5,12 +5,12 @@
 
 Prompts are pieces of held-out text; all are continued greedily by the same number of tokens; caches, embedding, head
 and sampling are counted. `fixed` is LayerSkip's: one exit, one length, for all that are asked for; `chosen` is DEL's,
-anew in every round, by layers as in the paper or by the seconds that rounds took. Systems take turns prompt by prompt,
-in any order, and ratios are to plain decoding of the same prompt in the same turn: of the whole, and after the prompt,
-which takes no less time with a draft. Beside the time: tokens of a round, share of drafted tokens that were accepted,
-layers run one after the other for a token (`calls`), layers run for it in all (`work`), and how many prompts were
-continued by the very same tokens in every turn. First, what limits all of it: how much longer a pass takes that checks
-several tokens. Last, what is chosen beside the best fixed setting, found on other prompts.
+anew in every round, by the seconds that rounds took and with --by_layers by layers too, as in the paper. Systems take
+turns prompt by prompt, in random order, and ratios are to plain decoding of the same prompt in the same turn: of the
+whole, and after the prompt, which takes no less time with a draft. Beside the time: tokens of a round, share of drafted
+tokens that were accepted, layers run one after the other for a token (`calls`), layers run for it in all (`work`), and
+how many prompts were continued by the very same tokens in every turn. First, what limits all of it: how much longer a
+pass takes that checks several tokens. Last, what is chosen beside the best fixed setting, found on other prompts.
 """
 
 import argparse

@@ -60,7 +60,10 @@ def loss(classifier: Params, hidden: jax.Array, predicted: jax.Array, mask: jax.
 
   Args:
     hidden: residual stream at every exit, [e, b, t, d], the model's own last. predicted: likeliest tokens there,
-      [e, b, t]. mask: whose, [b, t].
+      [e, b, t]. mask: which tokens count, bool [b, t].
+
+  Returns:
+    The weighted sum, and the number of early exits times that of tokens.
   """
   agrees = predicted[:-1] == predicted[-1:]
   said = scores(classifier, jax.lax.stop_gradient(hidden[:-1]), eps)

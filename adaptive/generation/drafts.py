@@ -4,10 +4,11 @@ DEL (Zarch et al., arXiv 2504.05598) keeps, for every exit, how often its token 
 made anyway, and takes the exit and the length with the most expected tokens per layer that runs one after the other,
 or, since layers are not what a user waits for, per second (`adaptive.generation.round_costs`).
 
-Departures: a round may draft nothing; agreement is counted now and then, since heads on all exits are not free, and
-the less often the longer the choice has stayed the same; in between, what the drafts that run show moves the odds of
-all; and drafting does not stop early at a token that the draft is unsure of, since a round is one program, whose check
-would be as long as ever.
+Departures: a round may draft nothing, and no more than 16 tokens; another draft or length must be a little better, and
+one whose seconds are little known gets a chance before it is, beside the best in turns; agreement is counted now and
+then, since heads on all exits are not free, and the less often the longer the choice has stayed the same; in between,
+what the drafts that run show moves the odds of all; and drafting does not stop early at a token that the draft is
+unsure of, since a round is one program, whose check would be as long as ever.
 """
 
 import collections
@@ -70,6 +71,9 @@ class Fixed:
   def begin(self) -> None:
     """Nothing is remembered."""
 
+  def renew(self) -> None:
+    """Nothing is known of programs."""
+
   def choose(self) -> Choice:
     return Choice(self.draft, self.tokens)
 
@@ -82,16 +86,16 @@ class Chooser:
 
   Args:
     layers: that each draft runs, in the order of the ladder. full: layers of the model.
-    lengths: of which a round takes one. Each with each draft is a program to compile, as long as its layers: pairs
-      whose drafted tokens run more than twice the model's layers, which promise little, are never taken.
+    lengths: of which a round takes one, increasing. Each with each draft is a program to compile, as long as its
+      layers: pairs whose drafted tokens run more than twice the model's layers, which promise little, are never taken.
     overhead: what drafting a token costs beside the draft's layers, in layers: embedding, head, choice of a token. The
       paper counts none.
     decay: of what was counted of a draft, each time that it is counted anew (omega in the paper).
     looks: after how many rounds the agreement of all drafts is counted anew, at first and at most: twice as many each
-      time, as long as the choice stays the same. The first rounds, for their seconds, do not count.
+      time, as long as the choice stays the same. The first rounds, for their seconds, and a rival's do not count.
     measured: whether rounds are judged by the seconds they take rather than by layers. What is chosen then depends on
       the machine, and so does what is sampled; greedy decoding has one output. Seconds are of one number of rows and
-      one length of caches: a chooser that goes on with others keeps what it has timed.
+      one length of caches: with others a chooser goes on from what it knows, and is less sure of it.
   """
 
   learns = True
@@ -112,6 +116,7 @@ class Chooser:
     self._short = self._lengths[None] * np.array(layers)[:, None] <= 2 * full
     self._short[1:, self._lengths == 0] = False  # without tokens, one draft is as good as another
     self._rounds: collections.Counter[tuple[int, int]] = collections.Counter()  # of pairs, as indices
+    self._compiled: set[tuple[int, int]] = set()  # of these, with the programs at hand
     self.trials = 0  # first rounds, which were taken for the sake of their seconds
     self._start_looking()
     self._forget()
@@ -147,7 +152,7 @@ class Chooser:
 
   @property
   def usual(self) -> tuple[Choice, float] | None:
-    """What most rounds took after those, and which share of them; None before the first."""
+    """What most rounds took but the `trials`, and which share of them; None before the first."""
     for (draft, length), number in self._rounds.most_common(1):
       return Choice(draft, int(self._lengths[length])), number / self._rounds.total()
     return None
@@ -161,6 +166,11 @@ class Chooser:
     if not self._measured:
       self._forget()
       self._start_looking()
+
+  def renew(self) -> None:
+    """Rounds have new programs from now on, for other numbers of rows or slots."""
+    self._compiled.clear()
+    self._costs.renew()
 
   def _start_looking(self) -> None:
     self._last, self._same, self._wait, self._left = None, 0, self._looks[0], self._looks[0]
@@ -184,13 +194,17 @@ class Chooser:
     return self._choice(*best)._replace(look=True)
 
   def _rival(self, gain: np.ndarray) -> tuple[int, int] | None:
-    """Now and then the second best that was ever taken: a machine's slow minutes are not a pair's if both had them."""
+    """Now and then the best other pair that these programs took, if it promises nearly as much.
+
+    A machine's slow minutes are not a pair's if both had them.
+    """
     if self._same % (2 if self._same <= _NEW else _AGAIN):
       return None
-    near = [pair for pair in self._rounds if pair != self._last and gain[pair] > _RIVAL * gain[self._last]]
+    near = [pair for pair in self._compiled if pair != self._last and gain[pair] > _RIVAL * gain[self._last]]
     return max(near, key=lambda pair: gain[pair], default=None)
 
   def _choice(self, draft: int, length: int) -> Choice:
+    self._compiled.add((draft, length))
     self._rounds[draft, length] += 1
     return Choice(draft, int(self._lengths[length]))
 

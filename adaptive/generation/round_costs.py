@@ -2,13 +2,15 @@
 
 DEL counts the layers that run one after the other, as if checking many tokens took as long as running one. On an
 accelerator that is nearly so. On a CPU it is not, and nowhere is a drafted token's head free. Seconds of a few rounds
-tell what a layer costs for a token that is drafted, for a pass that checks, and for every token in that pass.
+tell what a layer costs for a token that is drafted, for a pass that checks, and for every token in that pass, and what
+a drafted token's head costs.
 
-Machines are not that even, nor are they as quick in every minute: from then on, a Kalman filter follows the logarithm
-of each pair's seconds and of the machine's speed, from all rounds, and tells how sure it is.
+Machines are not that even, nor are they as quick in every minute: from then on, a Kalman filter learns the logarithm of
+each pair's seconds, which it takes for constant, follows that of the machine's speed, and tells how sure it is.
 """
 
 import collections
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -27,7 +29,7 @@ class RoundCosts:
   """Cost of a round, by draft and length.
 
   Args:
-    layers: that each draft runs. full: layers of the model. lengths: that a round may draft.
+    layers: that each draft runs. full: layers of the model. lengths: that a round may draft, increasing.
     overhead: of a drafted token beside its layers, in layers, while no seconds are known.
   """
 
@@ -50,12 +52,15 @@ class RoundCosts:
 
   @property
   def table(self) -> np.ndarray:
-    """Costs [e, l]: seconds, of untried pairs by what the tried ones took; layers while too few rounds were timed."""
+    """Costs [e, n] by draft and length: layers while too few rounds were timed, then seconds.
+
+    Those of pairs that never ran are by what others took; all are as if the machine were as quick as in the beginning.
+    """
     return self._counted if self._mean is None else np.exp(self._mean[:-1]).reshape(self._counted.shape)
 
   @property
   def doubt(self) -> np.ndarray:
-    """Standard deviation [e, l] of the seconds, as a share of them."""
+    """Standard deviation [e, n] of the table's seconds, as a share of them; 0 while it is in layers."""
     if self._mean is None:
       return np.zeros_like(self._counted)
     return np.sqrt(np.diag(self._covariance)[:-1]).reshape(self._counted.shape)
@@ -70,8 +75,16 @@ class RoundCosts:
   def _untold(self) -> list[tuple[int, int]]:
     return [pair for pair, seconds in self._first.items() if len(seconds) < _PROBES]
 
+  def renew(self) -> None:
+    """From now on new programs run, for other rows or caches: they are cold, and what others took is a guess."""
+    self._ran.clear()
+    if self._mean is not None:
+      self._covariance += np.diag(np.append(np.full(self._counted.size, _UNEVEN**2), 1.0))
+
   def observe(self, draft: int, length: int, seconds: float) -> None:
-    """What a round of this pair, both as indices, took."""
+    """What a round of this pair, both as indices, took; a clock that stood still tells nothing."""
+    if not 0 < seconds < math.inf:
+      return
     pair = draft, length
     self._ran[pair] += 1
     if self._ran[pair] <= _COLD:
@@ -92,7 +105,7 @@ class RoundCosts:
     table, variance = self._parts @ weights, np.full(self._counted.shape, _UNEVEN**2)
     table[pairs], variance[pairs] = seconds, _NOISE**2 / _PROBES
     self._mean = np.append(np.log(table).ravel(), 0.0)
-    self._covariance = np.diag(np.append(variance.ravel(), 0.0))
+    self._covariance = np.diag(np.append(variance.ravel(), len(self._first) * _PROBES * _DRIFT**2 / 3))
 
   def _follow(self, pair: int, log_seconds: float) -> None:
     """One round more: a step of the filter. What was seen is a pair's share and the machine's, and noise."""

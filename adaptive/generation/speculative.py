@@ -79,13 +79,16 @@ class SpeculativeGenerator(loop.Generator):
     self._taken: collections.deque[Choice | None] = collections.deque()  # rounds that were not read yet
 
   def _next(self, compile_next: Callable[..., Callable]) -> Callable:
-    """Picks the round's draft and its length, each pair a program that is compiled when first chosen."""
+    """Picks the round's draft and its length, each a program, with a look and without, compiled when first chosen."""
     programs = {}
+    self._choice.renew()
 
     def following(*args):
       choice = self._choice.choose()
       if choice not in programs:
         programs[choice] = compile_next(functools.partial(self._round, choice))
+      if not self._taken:  # nothing is under way: this round begins now
+        self._read = self._now()
       self._taken.append(choice)
       return programs[choice](*args)
 
@@ -93,7 +96,7 @@ class SpeculativeGenerator(loop.Generator):
 
   def __call__(self, *args, **kwargs) -> loop.Result:
     self._taken = collections.deque([None])  # the prompts' pass; what an interrupted call left is forgotten
-    self._read = _Read(self._clock(), self._compiling)
+    self._read = self._now()
     self._choice.begin()
     return super().__call__(*args, **kwargs)
 
@@ -101,12 +104,15 @@ class SpeculativeGenerator(loop.Generator):
   def _coming(self) -> int:
     return 1 if self._taken[0] is None else self._taken[0].tokens + 1
 
+  def _now(self) -> _Read:
+    return _Read(self._clock(), self._compiling)
+
   def _observe(self, sampled: Sampled) -> None:
-    """Tells what a round showed, and its seconds: rounds follow each other at once, so what lies between their ends.
+    """Tells what a round showed, and its seconds: what lies between its end and that of the one before.
 
     While a program is compiled the device goes on, and nobody knows.
     """
-    before, self._read = self._read, _Read(self._clock(), self._compiling)
+    before, self._read = self._read, self._now()
     seconds = self._read.at - before.at if self._read.compiling == before.compiling else None
     self._choice.observe(sampled.metrics, self._taken.popleft(), seconds)
 

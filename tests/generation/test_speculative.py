@@ -224,6 +224,9 @@ class _Anything:
   def begin(self):
     self.seen, self.taken, self.made, self.seconds = [], [], [], []
 
+  def renew(self):
+    """There are no programs yet."""
+
   def observe(self, metrics, taken, seconds):
     self.seen.append(metrics)
     self.taken.append(taken)
