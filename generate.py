@@ -39,7 +39,7 @@ _DRAFT = flags.DEFINE_string(
   "Self-speculative decoding: the sub-model that drafts tokens for the full one, such as depth=2, or 'auto': the best "
   "of all, chosen anew in every round.",
 )
-_DRAFT_TOKENS = flags.DEFINE_integer("draft_tokens", 6, "Tokens that --draft proposes in a round.")
+_DRAFT_TOKENS = flags.DEFINE_integer("draft_tokens", None, "Tokens that a named --draft proposes in a round; 6.")
 _STOP = flags.DEFINE_string("stop", "", "A continuation ends before this text.")
 
 
@@ -50,6 +50,8 @@ def main(argv: list[str]) -> None:
     cli.fail("name one of --workdir, such as --workdir=runs/demo, and --model, a published model's folder")
   if not _PROMPT.value:
     cli.fail("--prompt is missing, such as --prompt='import '; an empty one, --prompt=, starts a document")
+  if _DRAFT_TOKENS.value is not None and _DRAFT.value in (None, "auto"):
+    cli.fail("--draft_tokens goes with a draft that is named, such as --draft=depth=2")
 
   from adaptive.generation.sampling import Sampling
   from adaptive.pretrained import hub
@@ -70,7 +72,7 @@ def main(argv: list[str]) -> None:
     slots=_SLOTS.value,
     draft=_DRAFT.value,
     changes=tuple(_SET.value),
-    draft_tokens=_DRAFT_TOKENS.value,
+    draft_tokens=6 if _DRAFT_TOKENS.value is None else _DRAFT_TOKENS.value,
   )
   completion.complete(workdir, request)
 

@@ -10,6 +10,7 @@ key/value rule then does is measured by an evaluation.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -169,9 +170,11 @@ def for_floor(seen: Seen, floor: float, confidence: float, grid: Sequence[float]
     grid = np.arange(len(seen.signals)) + 0.5 if seen.counts else np.linspace(0, 1, 201)
   _, row = np.unique(seen.rows, return_inverse=True)
   size = np.bincount(row)
+  shows = lambda rows: p_value(np.zeros(rows), 1 - floor) <= 1 - confidence  # if all tokens agree
+  enough = next(rows for rows in (len(size) << doublings for doublings in itertools.count()) if shows(rows))
   require(
-    p_value(np.zeros(len(size)), 1 - floor) <= 1 - confidence,
-    f"{len(size)} rows cannot show an agreement of {floor:g} with confidence {confidence:g}: take more",
+    enough == len(size),
+    f"{len(size)} rows cannot show an agreement of {floor:g} with confidence {confidence:g}: take --rows={enough}",
   )
   kept = outcome(seen, (np.inf,) * len(seen.signals))
   for value in sorted(grid, reverse=True):

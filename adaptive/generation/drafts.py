@@ -151,10 +151,10 @@ class Chooser:
     return (self._agreed + 0.5) / (self._seen + 1.0)
 
   @property
-  def usual(self) -> tuple[Choice, float] | None:
-    """What most rounds took but the `trials`, and which share of them; None before the first."""
+  def usual(self) -> tuple[Choice, int, int] | None:
+    """What most rounds took but the `trials`, how many did, and of how many; None before the first."""
     for (draft, length), number in self._rounds.most_common(1):
-      return Choice(draft, int(self._lengths[length])), number / self._rounds.total()
+      return Choice(draft, int(self._lengths[length])), number, self._rounds.total()
     return None
 
   def _forget(self) -> None:

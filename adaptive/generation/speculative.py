@@ -86,6 +86,7 @@ class SpeculativeGenerator(loop.Generator):
     def following(*args):
       choice = self._choice.choose()
       if choice not in programs:
+        jax.block_until_ready(args)  # what is under way must not hide behind seconds that do not count
         programs[choice] = compile_next(functools.partial(self._round, choice))
       if not self._taken:  # nothing is under way: this round begins now
         self._read = self._now()

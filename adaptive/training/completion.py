@@ -117,9 +117,11 @@ def _chosen(choice: Chooser, layers: Sequence[int]) -> str:
   """What rounds were spent on, given the layers that each draft runs."""
   said = f"; {choice.trials} rounds to time the drafts" if choice.trials else ""
   if choice.usual is not None:
-    taken, share = choice.usual
-    what = f"{taken.tokens} tokens drafted by {layers[taken.draft]} layers" if taken.tokens else "no draft"
-    said += f"; {share:.0%} of the {'other ' if choice.trials else ''}rounds: {what}"
+    taken, number, rounds = choice.usual
+    some = lambda number, what: f"{number} {what}{'s' if number != 1 else ''}"
+    drafted = f"{some(taken.tokens, 'token')} drafted by {some(layers[taken.draft], 'layer')}"
+    of = f"{some(rounds, 'other round' if choice.trials else 'round')}"
+    said += f"; {number} of {of}: {drafted if taken.tokens else 'no draft'}"
   return said
 
 

@@ -5,6 +5,7 @@ import os
 import pathlib
 import re
 import sys
+import zlib
 from collections.abc import Sequence
 
 import jax
@@ -22,7 +23,9 @@ CHANGED = "changed"  # a note of settings that differ from the run's own
 
 def folder(workdir: str, changes: Sequence[str] = ()) -> str:
   """Where results go by themselves: the workdir, or a folder in it that says which of its settings were changed."""
-  name = re.sub(r"[^\w.=,+()-]+", "_", "_".join(changes))[:100]
+  name = re.sub(r"[^\w.=,+()-]+", "_", "_".join(changes))
+  if len(name) > 100:  # file systems take no more than some; yet other changes are other results
+    name = f"{name[:91]}-{zlib.crc32(name.encode()):08x}"
   return str(pathlib.Path(workdir) / name) if name else workdir
 
 
@@ -70,8 +73,9 @@ def compare(workdirs: Sequence[str], output: str, **settings) -> None:
     if CHANGED in family.notes:
       print(f"warning: the results of {family.label} are with {family.notes[CHANGED]}", file=sys.stderr)
   for note in ("data", "held out"):
-    if len({family.notes.get(note) for family in families}) > 1:
-      print(f"warning: the runs differ in {note!r}, their losses do not compare", file=sys.stderr)
+    found = dict.fromkeys(str(family.notes.get(note)) for family in families)
+    if len(found) > 1:
+      print(f"warning: the runs differ in {note!r} ({'; '.join(found)}), their losses do not compare", file=sys.stderr)
   print(report.comparison(families))
   print("\n".join(["", *report.kept(families)]))
   _write(families, output)

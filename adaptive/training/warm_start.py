@@ -35,6 +35,12 @@ def initial_state(run: Run) -> TrainState:
     dense or shapes(source) == shapes(taken),
     f"training.init_from={e.training.init_from} has other parameters than this run: its method's settings differ",
   )
+  frozen = [name for name, rate in run.method.learning_rates(run.model).items() if rate == 0 and name in state.params]
+  new = sorted(set(frozen) - set(source))
+  require(
+    not new,
+    f"training.init_from={e.training.init_from} has no {', '.join(new)}; this run does not train what it would lack",
+  )
   where = jax.tree.map(lambda leaf: leaf.sharding, state.params)
   cast = lambda new, old: jax.tree.map(lambda a, b: a.astype(b.dtype), new, old)
 

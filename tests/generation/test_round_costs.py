@@ -326,7 +326,7 @@ def test_the_usual_choice_is_what_most_rounds_took():
   chooser.observe({"agrees": (np.array([9999.0, 0.0]), 9999.0)}, None)
   taken += [chooser.choose()[:2] for _ in range(5)]
   assert len(set(taken)) == 2
-  assert chooser.usual == (Choice(*taken[-1]), 5 / 8)
+  assert chooser.usual == (Choice(*taken[-1]), 5, 8)
 
 
 def looks(chooser, rounds):

@@ -207,6 +207,9 @@ def test_results_with_other_settings_do_not_replace_the_run_s_own():
   assert reports.folder("runs/a") == "runs/a"
   changed = reports.folder("runs/a", ["method.exit.signal=margin", "data.path=/tmp/b c"])
   assert changed == "runs/a/method.exit.signal=margin_data.path=_tmp_b_c"
+  plans = [reports.folder("runs/a", [f"method.exit.per_exit=({'0.123456789, ' * 10}{last})"]) for last in (1, 2)]
+  assert plans[0] != plans[1]
+  assert all(len(plan) == len("runs/a/") + 100 for plan in plans)
 
 
 def test_a_run_without_exits_or_without_more_text_is_refused(workdir, tmp_path):

@@ -96,6 +96,15 @@ def test_a_stage_brings_what_the_one_before_did_without(place, tmp_path):
     warm_start.initial_state(stage(**{"training.init_from": str(tmp_path / "two")}))
 
 
+def test_what_a_run_keeps_as_it_is_must_have_been_trained(place):
+  data, workdir, _ = place
+  settings = {**DEPTH, "method.exits": (1,), "method.classifier": "alone", "training.init_from": workdir}
+  run = tiny_run.assemble(data, "early_exit", **settings, **{"method.heads": "own"})
+  with pytest.raises(ConfigError, match="has no exit_heads; this run does not train what it would lack"):
+    warm_start.initial_state(run)
+  warm_start.initial_state(tiny_run.assemble(data, "early_exit", **settings))
+
+
 @pytest.mark.parametrize(
   ("method", "settings", "named"),
   [
