@@ -171,7 +171,7 @@ def for_floor(seen: Seen, floor: float, confidence: float, grid: Sequence[float]
   _, row = np.unique(seen.rows, return_inverse=True)
   size = np.bincount(row)
   shows = lambda rows: p_value(np.zeros(rows), 1 - floor) <= 1 - confidence  # if all tokens agree
-  enough = next(rows for rows in (len(size) << doublings for doublings in itertools.count()) if shows(rows))
+  enough = next(rows for rows in (max(len(size), 1) << doublings for doublings in itertools.count()) if shows(rows))
   require(
     enough == len(size),
     f"{len(size)} rows cannot show an agreement of {floor:g} with confidence {confidence:g}: take --rows={enough}",

@@ -44,13 +44,6 @@ class Drafted(NamedTuple):
   probs: jax.Array
 
 
-class _Read(NamedTuple):
-  """When the host last read what a round sampled, and how many seconds it had been compiling by then."""
-
-  at: float
-  compiling: float
-
-
 class SpeculativeGenerator(loop.Generator):
   """Generates as `Generator` does, in rounds of a draft and a check.
 
@@ -89,7 +82,7 @@ class SpeculativeGenerator(loop.Generator):
         jax.block_until_ready(args)  # what is under way must not hide behind seconds that do not count
         programs[choice] = compile_next(functools.partial(self._round, choice))
       if not self._taken:  # nothing is under way: this round begins now
-        self._read = self._now()
+        self._read = self._clock()
       self._taken.append(choice)
       return programs[choice](*args)
 
@@ -97,7 +90,7 @@ class SpeculativeGenerator(loop.Generator):
 
   def __call__(self, *args, **kwargs) -> loop.Result:
     self._taken = collections.deque([None])  # the prompts' pass; what an interrupted call left is forgotten
-    self._read = self._now()
+    self._read = self._clock()  # when the host last read what a round sampled
     self._choice.begin()
     return super().__call__(*args, **kwargs)
 
@@ -105,17 +98,10 @@ class SpeculativeGenerator(loop.Generator):
   def _coming(self) -> int:
     return 1 if self._taken[0] is None else self._taken[0].tokens + 1
 
-  def _now(self) -> _Read:
-    return _Read(self._clock(), self._compiling)
-
   def _observe(self, sampled: Sampled) -> None:
-    """Tells what a round showed, and its seconds: what lies between its end and that of the one before.
-
-    While a program is compiled the device goes on, and nobody knows.
-    """
-    before, self._read = self._read, self._now()
-    seconds = self._read.at - before.at if self._read.compiling == before.compiling else None
-    self._choice.observe(sampled.metrics, self._taken.popleft(), seconds)
+    """Tells what a round showed, and its seconds: what lies between its end and that of the one before."""
+    before, self._read = self._read, self._clock()
+    self._choice.observe(sampled.metrics, self._taken.popleft(), self._read - before)
 
   def _first(self, slots: int, params: Params, tokens, counts, numbers, seed) -> tuple[Cache, Rows, Sampled]:
     ladder, drafts = self._ladder, self._choice.drafts

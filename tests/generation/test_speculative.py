@@ -249,21 +249,17 @@ def test_any_sequence_of_choices_gives_the_same_tokens(name):
     assert np.all((np.asarray(agreed) >= 0) & (np.asarray(agreed) <= number))
 
 
-def test_seconds_of_rounds_are_told_but_where_a_program_was_compiled():
+def test_what_is_under_way_ends_before_a_program_is_compiled_whose_seconds_do_not_count(monkeypatch):
   method, model, params = family("layer_skip")
-  choice = _Anything(0)
+  choice, waits = _Anything(0), []
   generator = SpeculativeGenerator(method.ladder(model, params, None), VOCAB, choice, GREEDY)
-  unknown = []
-  for _ in range(3):
-    generator(PROMPTS, 25)
-    new = set(choice.made) - set(unknown)
-    unknown += new
-    # The step before the one that was compiled, and the prompts' own.
-    assert sum(seconds is None for seconds in choice.seconds[1:]) <= len(new)
-    assert all(0 < seconds < 10 for seconds in choice.seconds[1:] if seconds is not None)
-    choice._rng = np.random.default_rng(0)
-  assert not new
-  assert None not in choice.seconds
+  wait = jax.block_until_ready
+  monkeypatch.setattr(jax, "block_until_ready", lambda args: waits.append(generator._compiling) or wait(args))
+  generator(PROMPTS, 25)
+  assert len(waits) == len(set(choice.made))
+  assert sorted(set(waits)) == waits, "each before its own program"
+  assert len(choice.seconds) == len(choice.made) + 1
+  assert all(0 < seconds < 10 for seconds in choice.seconds)
 
 
 def test_the_chooser_learns_how_often_each_exit_is_right():
