@@ -119,6 +119,15 @@ def test_any_number_of_drafted_tokens_gives_the_same(tokens):
   assert found.tokens == want.tokens
 
 
+@pytest.mark.parametrize("new", [6, 9, 14, 20])
+def test_no_round_is_begun_that_nobody_wants(new):
+  """What a call leaves under way, the next call's prompts wait for."""
+  generator = speculative("layer_skip", 2, 3)
+  found = generator(PROMPTS[:1], new)
+  assert found.metrics["tokens_per_round"][1] < new - 1, "some rounds bring several tokens"
+  assert not generator._taken
+
+
 def test_a_batch_gives_each_row_what_it_gets_alone():
   together = speculative("layer_skip", 1, 4)
   rows = together(PROMPTS, 12).tokens

@@ -214,3 +214,18 @@ def test_what_a_classifier_costs_and_needs():
     METHOD.Config(exits=(1,), heads="own", heads_only=True, classifier="alone")
   with pytest.raises(ConfigError, match=r"method.exits=\(4,\): there is nothing to classify"):
     METHOD.build(CONFIG, METHOD.Config(exits=(4,), classifier="joint"))
+
+
+@pytest.mark.parametrize("kv", ["project", "copy", "hole", "exact", "recompute"])
+def test_a_later_token_changes_nothing_that_the_classifier_said_before(kv):
+  leaving = exits.Exiting(signal="learned", kv=kv, thresholds=(0.2,), wait=4)
+  model, params, _ = agreeing(exit=leaving)
+  batch = tiny.one_document(CONFIG)
+  which = [s.name for s in METHOD.submodels(model)].index("threshold=0.2")
+  first = METHOD.forward(model, params, batch, which)
+  later = METHOD.forward(
+    model, params, {**batch, "inputs": batch["inputs"].at[:, 5:].add(1) % CONFIG.vocab_size}, which
+  )
+  np.testing.assert_array_equal(first.logits[:, :5], later.logits[:, :5])
+  layers = float(first.aux["layers"][0] / first.aux["layers"][1])
+  assert 1 < layers < CONFIG.num_layers, "some leave and some do not"
